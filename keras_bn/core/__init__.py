@@ -1,0 +1,1 @@
+"""The mathematics of the family: no layer, no variable, no backend."""

@@ -1,0 +1,42 @@
+"""The one map that every layer applies: y = (x - center)·scale + shift."""
+
+from typing import NamedTuple
+
+from keras import ops
+
+from keras_bn.core.moments import Moments
+from keras_bn.types import Tensor
+
+
+class Affine(NamedTuple):
+    """An affine map, in the form that loses no digits where x is far from 0.
+
+    Attributes:
+        center: What is subtracted first [x].
+        scale: Factor on the difference [y/x].
+        shift: What is added last [y].
+    """
+
+    center: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
+def standardize(moments: Moments, epsilon: float) -> Affine:
+    """Return the map to mean 0 and variance 1: (x - mean) / √(variance + epsilon).
+
+    It is written (x - pivot)·scale - offset·scale: the pivot is near x, so the difference is
+    exact, and the mean's last digits, which the pivot does not hold, still count.
+    """
+    scale = 1.0 / ops.sqrt(moments.variance + epsilon)
+    return Affine(moments.pivot, scale, -moments.offset * scale)
+
+
+def compose(affine: Affine, gamma: Tensor | None, beta: Tensor | None) -> Affine:
+    """Return the map that scales by gamma and then adds beta; None stands for 1 and 0."""
+    center, scale, shift = affine
+    if gamma is not None:
+        scale, shift = scale * gamma, shift * gamma
+    if beta is not None:
+        shift = shift + beta
+    return Affine(center, scale, shift)

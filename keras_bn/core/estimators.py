@@ -1,0 +1,75 @@
+"""From moments in time to stored statistics: moving averages, and renormalization's correction."""
+
+from typing import NamedTuple
+
+from keras import ops
+
+from keras_bn.core.moments import Moments
+from keras_bn.types import Tensor
+
+
+def moving_average(old: Tensor, new: Tensor, momentum: float) -> Tensor:
+    """Return old·momentum + new·(1 - momentum)."""
+    return old * momentum + new * (1.0 - momentum)
+
+
+def linear_ramp(
+    step: Tensor, start: float, end: float, steps: tuple[int, int] | None, dtype: str
+) -> Tensor:
+    """Return the value that goes linearly from `start` to `end` between two steps.
+
+    Args:
+        step: Number of training steps done [steps].
+        start: Value up to the first of `steps`.
+        end: Value from the second of `steps` on.
+        steps: Where the ramp begins and ends [steps]; None for `end` throughout.
+        dtype: Dtype of the result.
+
+    Returns:
+        A tensor without axes.
+    """
+    if steps is None:
+        return ops.cast(end, dtype)
+    first, last = steps
+    # A ramp without length is a jump: the divisor must not be 0.
+    done = ops.cast(step - first, dtype) / max(last - first, 1)
+    return start + (end - start) * ops.clip(done, 0.0, 1.0)
+
+
+class Limits(NamedTuple):
+    """How far renormalization may correct: r in [rmin, rmax], d in [-dmax, dmax]; None: no limit."""
+
+    rmin: Tensor | None
+    rmax: Tensor | None
+    dmax: Tensor | None
+
+
+def renorm_correction(
+    moments: Moments, stddev: Tensor, mean_kept: Tensor, stddev_kept: Tensor, limits: Limits
+) -> tuple[Tensor, Tensor]:
+    """Return r and d, which correct a batch towards the kept statistics; constants for gradients.
+
+    r = stddev / stddev_kept, d = (mean - mean_kept) / stddev_kept, each within its limits.
+
+    Args:
+        moments: The batch's.
+        stddev: The batch's standard deviation, √(variance + epsilon) [x].
+        mean_kept: The kept mean [x].
+        stddev_kept: The kept standard deviation, positive [x].
+        limits: How far the correction may go.
+
+    Returns:
+        r and d, without unit.
+
+    References:
+        Ioffe, "Batch Renormalization", 2017, https://arxiv.org/abs/1702.03275, algorithm 1.
+    """
+    r = stddev / stddev_kept
+    d = ((moments.pivot - mean_kept) + moments.offset) / stddev_kept
+    if limits.rmin is not None:
+        r = ops.maximum(r, limits.rmin)
+    if limits.rmax is not None:
+        r = ops.minimum(r, limits.rmax)
+    if limits.dmax is not None:
+        d = ops.minimum(ops.maximum(d, -limits.dmax), limits.dmax)
+    return ops.stop_gradient(r), ops.stop_gradient(d)

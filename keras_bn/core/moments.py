@@ -1,0 +1,100 @@
+"""Moments that merge: count, mean and the sum of squared deviations of a set of elements.
+
+The mean is kept in two parts, `pivot + offset`. The pivot is a constant near the mean (it carries
+no gradient), the offset a small difference, so that neither a large mean nor the gap between two
+large means costs digits: every formula below works with differences of pivots, which are exact
+where the pivots are close, and with offsets, which are small.
+
+References:
+    Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
+    Variances", 1979, equations 2.1a and 2.1b.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from keras import ops
+
+from keras_bn.types import Tensor
+
+
+class Moments(NamedTuple):
+    """Count, mean and sum of squared deviations of disjoint sets, one set per array element.
+
+    Attributes:
+        count: Number of elements, or sum of their weights; a Python number where it is the same
+            for every set and known before the call. 0 for an empty set.
+        pivot: A constant near the mean [x].
+        offset: The mean less the pivot [x].
+        m2: Sum of squared deviations from the mean [x²], never negative.
+    """
+
+    count: Tensor
+    pivot: Tensor
+    offset: Tensor
+    m2: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean [x]; 0 for an empty set."""
+        return self.pivot + self.offset
+
+    @property
+    def variance(self) -> Tensor:
+        """The biased variance, m2 / count [x²]; 0 for an empty set."""
+        return self.m2 / positive(self.count)
+
+    def reshape(self, shape: tuple[int, ...]) -> "Moments":
+        """Return the same moments with arrays of another shape."""
+        count = self.count if is_static(self.count) else ops.reshape(self.count, shape)
+        return Moments(count, *(ops.reshape(part, shape) for part in self[1:]))
+
+
+def is_static(count: Tensor) -> bool:
+    """Say whether a count is a Python number, known before the call."""
+    return isinstance(count, int | float)
+
+
+def positive(count: Tensor) -> Tensor:
+    """Return the count with 1 in place of 0, to divide sums of empty sets (which are 0) by."""
+    return max(count, 1) if is_static(count) else ops.where(count > 0, count, ops.ones_like(count))
+
+
+def is_known(moments: Moments) -> Tensor:
+    """Say for each set whether its moments may be kept: not empty, and finite."""
+    finite = ops.isfinite(moments.mean) & ops.isfinite(moments.m2)
+    if is_static(moments.count):
+        return finite if moments.count > 0 else ops.zeros_like(finite)
+    return finite & (moments.count > 0)
+
+
+def or_else(moments: Moments, other: Moments) -> Moments:
+    """Return the moments, with those of `other` (of count 1) in place of empty sets."""
+    if is_static(moments.count):
+        return moments if moments.count > 0 else other
+    filled = moments.count > 0
+    parts = (ops.where(filled, a, b) for a, b in zip(moments[1:], other[1:], strict=True))
+    return Moments(positive(moments.count), *parts)
+
+
+def merge(parts: Moments, total: Callable[[Tensor], Tensor]) -> Moments:
+    """Merge the moments of disjoint sets, exactly, in any order and of any sizes.
+
+    With n_i, mean_i, m2_i of the parts: n = Σ n_i, mean = Σ n_i·mean_i / n,
+    m2 = Σ m2_i + n_i·(mean_i - mean)².
+
+    Args:
+        parts: The moments of the parts.
+        total: Sums an array over the parts that belong together; the result must broadcast
+            against the parts, as from a sum with kept axes or from an all-reduce.
+
+    Returns:
+        The merged moments, in the shape that `total` gives.
+    """
+    counts = parts.count * ops.ones_like(parts.pivot)
+    count = total(counts)
+    pivot = ops.stop_gradient(total(counts * parts.pivot) / positive(count))
+    distance = (parts.pivot - pivot) + parts.offset
+    offset = total(counts * distance) / positive(count)
+    m2 = total(parts.m2 + counts * ops.square(distance - offset))
+    return Moments(count, pivot, offset, m2)

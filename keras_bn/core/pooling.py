@@ -1,0 +1,73 @@
+"""Which axes, groups and masked elements belong together."""
+
+from collections.abc import Callable
+
+from keras import ops
+
+from keras_bn.types import Shape, Tensor
+
+
+def reduced_axes(rank: int, kept: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the axes, of `rank`, that are not kept."""
+    return tuple(axis for axis in range(rank) if axis not in kept)
+
+
+def kept_shape(shape: Shape, kept: tuple[int, ...]) -> Shape:
+    """Return the shape with 1 along every axis that is not kept: it broadcasts against the input."""
+    return tuple(size if axis in kept else 1 for axis, size in enumerate(shape))
+
+
+def mask_weights(mask: Tensor, shape: Shape, kept: tuple[int, ...]) -> Tensor | None:
+    """Return the mask with one axis per axis of the input, or None where it does not fit.
+
+    Args:
+        mask: Broadcastable to the input without its kept axes, or one axis less than the input
+            (Keras' form, which lacks the last one).
+        shape: The input's.
+        kept: The axes that are kept.
+
+    Returns:
+        The mask, reshaped only.
+    """
+    pooled = reduced_axes(len(shape), kept)
+    missing = len(pooled) - len(mask.shape)
+    if missing >= 0:
+        aligned = _align(mask, pooled[missing:], shape)
+        if aligned is not None:
+            return aligned
+    if len(mask.shape) == len(shape) - 1:
+        return _align(mask, tuple(range(len(shape) - 1)), shape)
+    return None
+
+
+def _align(mask: Tensor, axes: tuple[int, ...], shape: Shape) -> Tensor | None:
+    """Put the mask's axes at `axes` of the input and 1 elsewhere; None where the sizes differ."""
+    sizes = tuple(mask.shape)
+    pairs = zip(sizes, (shape[axis] for axis in axes), strict=True)
+    if any(None not in (have, want) and have not in (1, want) for have, want in pairs):
+        return None
+    known = ops.shape(mask)
+    aligned = [1] * len(shape)
+    for axis, size in zip(axes, known, strict=True):
+        aligned[axis] = size
+    return ops.reshape(mask, aligned)
+
+
+def group_total(axis: int, groups: int) -> Callable[[Tensor], Tensor]:
+    """Return the sum over the channels of a group, given back to each of them.
+
+    Args:
+        axis: The channel axis of the arrays to be summed.
+        groups: Number of groups of neighbouring channels.
+
+    Returns:
+        A function of an array that keeps its shape.
+    """
+
+    def total(array: Tensor) -> Tensor:
+        shape = ops.shape(array)
+        split = (*shape[:axis], groups, shape[axis] // groups, *shape[axis + 1 :])
+        sums = ops.sum(ops.reshape(array, split), axis=axis + 1, keepdims=True)
+        return ops.reshape(ops.broadcast_to(sums, split), shape)
+
+    return total

@@ -1,0 +1,33 @@
+"""The operations on the big tensor: one contract, one file for each backend.
+
+    moments(x, axes, weights) -> Moments    apply(x, affine, dtype) -> y
+
+`moments` sums over `axes` and keeps them with size 1. It sums in float32 at least, never below
+the dtype of `x`, and m2 is never negative. `weights` (None, or non-negative and broadcastable to
+`x`, in the dtype of the sums) are the elements' counts; what lies under a 0 does not matter.
+The pivot is a constant for gradients; weights carry none.
+
+`apply` returns (x - center)·scale + shift, computed in the dtype of the affine map and cast to
+`dtype`. The parts of the map have the shape of each other and broadcast against `x`.
+
+With u the unit roundoff of the statistics' dtype and κ = |mean| / standard deviation:
+|variance / true - 1| <= 8·u·(1 + κ²·u), however many elements there are, and the error of
+standardized x is at most 8·u·(1 + κ). For the gradient only `x` in its own dtype, the weights,
+and arrays of the pooled size are kept. Neither communicates: a sum over replicas goes between.
+"""
+
+import importlib
+
+import keras
+
+_HAND_WRITTEN = ("tensorflow", "jax", "torch")
+
+_backend = keras.backend.backend()
+_kernels = importlib.import_module(
+    f"keras_bn.kernels.{_backend if _backend in _HAND_WRITTEN else 'generic'}"
+)
+
+moments = _kernels.moments
+apply = _kernels.apply
+
+__all__ = ["apply", "moments"]

@@ -1,0 +1,71 @@
+"""The kernels in JAX.
+
+`moments` states its derivative as a JVP, not a VJP: forward mode (`jvp`, `jacfwd`, `hessian`) goes
+on working, and reverse mode is its transpose. `apply` needs none: XLA fuses the backend's own
+gradient, and keeps only `x` for it.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from keras_bn.core.affine import Affine
+from keras_bn.core.dtypes import statistics_dtype
+from keras_bn.core.moments import Moments, positive
+from keras_bn.types import Tensor
+
+
+def moments(x: Tensor, axes: tuple[int, ...], weights: Tensor | None = None) -> Moments:
+    """Return the moments of `x` over `axes`; see `keras_bn.kernels`."""
+    if weights is None:
+        count: Any = math.prod(x.shape[axis] for axis in axes)
+    else:
+        weights = jax.lax.stop_gradient(jnp.broadcast_to(weights, x.shape))
+        count = jnp.sum(weights, axes, keepdims=True)
+    pivot, offset, m2 = _moments(axes, x, weights, positive(count))
+    return Moments(count, jax.lax.stop_gradient(pivot), offset, m2)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _moments(
+    axes: tuple[int, ...], x: Tensor, weights: Tensor | None, count: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return pivot, offset and m2, in two passes over `x`."""
+    zero = jnp.zeros((), statistics_dtype(str(x.dtype)))
+    pivot = _total(_masked(x - zero, weights), weights, axes) / count
+    deviation = _masked(x - pivot, weights)
+    first = _total(deviation, weights, axes)
+    offset = first / count
+    # XLA sums in blocks (a tree), so half a million elements cost no digits.
+    second = _total(jnp.square(deviation), weights, axes)
+    return pivot, offset, jnp.maximum(second - first * offset, zero)
+
+
+@_moments.defjvp
+def _moments_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """dmean = Σ w·dx / n, dm2 = 2·Σ w·(x - mean)·dx; the pivot is a constant."""
+    x, weights, count = primals
+    pivot, offset, m2 = _moments(axes, x, weights, count)
+    dx = _masked(tangents[0].astype(pivot.dtype), weights)
+    deviation = _masked((x - pivot) - offset, weights)
+    d_mean = _total(dx, weights, axes) / count
+    d_m2 = 2.0 * _total(deviation * dx, weights, axes)
+    return (pivot, offset, m2), (jnp.zeros_like(pivot), d_mean, d_m2)
+
+
+def _masked(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Put 0 where the weight is 0, whatever stood there."""
+    return values if weights is None else jnp.where(weights > 0, values, 0)
+
+
+def _total(values: Tensor, weights: Tensor | None, axes: tuple[int, ...]) -> Tensor:
+    """Sum over `axes`, weighted, axes kept."""
+    return jnp.sum(values if weights is None else values * weights, axes, keepdims=True)
+
+
+def apply(x: Tensor, affine: Affine, dtype: str) -> Tensor:
+    """Return (x - center)·scale + shift in `dtype`; see `keras_bn.kernels`."""
+    return ((x - affine.center) * affine.scale + affine.shift).astype(dtype)

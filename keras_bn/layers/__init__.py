@@ -1,0 +1,7 @@
+"""The layers."""
+
+from keras_bn.layers.batch_normalization import BatchNormalization
+from keras_bn.layers.batch_renormalization import BatchRenormalization
+from keras_bn.layers.group_normalization import GroupNormalization
+
+__all__ = ["BatchNormalization", "BatchRenormalization", "GroupNormalization"]

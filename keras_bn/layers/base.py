@@ -1,0 +1,167 @@
+"""What all layers share: options and config, gamma and beta, axes, dtypes, masks."""
+
+import inspect
+from typing import Any, ClassVar, Self
+
+import keras
+from keras import ops
+
+from keras_bn import kernels
+from keras_bn.core import pooling
+from keras_bn.core.affine import Affine, compose
+from keras_bn.core.dtypes import statistics_dtype
+from keras_bn.errors import invalid
+from keras_bn.layers.options import checked
+from keras_bn.types import Shape, Tensor
+
+
+class Normalization(keras.layers.Layer):
+    """A layer that standardizes its input with some moments, scales by gamma and adds beta.
+
+    A subclass lists its options in the signature of `__init__` and hands them over with
+    `super().__init__(locals(), **kwargs)`; in `call` it says which moments it uses. Each option
+    is checked by the table in `options.py`, kept under its own name and never changed; config,
+    registration (`keras_bn>Name`) and output shape follow.
+    """
+
+    # Set for each class of the package from its signature.
+    _options: ClassVar[tuple[str, ...]] = ()
+    _extras: ClassVar[dict[str, Any]] = {}
+
+    # Options of older Keras that a config may hold, with the only values they may have.
+    _legacy_options: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    def __init__(self, options: dict[str, Any], **kwargs: Any) -> None:
+        # Keras would cast the input to the compute dtype first: in float16 that turns 70000 into
+        # infinity before a mean could be taken.
+        super().__init__(autocast=False, **kwargs)
+        for name in self._options:
+            setattr(self, name, checked(type(self).__name__, name, options[name]))
+        self.supports_masking = True
+        self.gamma: Any = None
+        self.beta: Any = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("keras_bn."):
+            named = [p for p in inspect.signature(cls).parameters.values() if p.kind != p.VAR_KEYWORD]
+            cls._options = tuple(p.name for p in named)
+            cls._extras = {p.name: p.default for p in named if p.kind == p.KEYWORD_ONLY}
+            keras.saving.register_keras_serializable("keras_bn")(cls)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the options; those that Keras lacks only where they differ from their default.
+
+        So a file that uses none of them loads as the Keras layer of the same name.
+        """
+        config: dict[str, Any] = super().get_config()
+        for name in self._options:
+            value = getattr(self, name)
+            if name not in self._extras or value != self._extras[name]:
+                config[name] = _serialized(value)
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Return the layer of a config, of this package or of any Keras since 2."""
+        config = dict(config)
+        for name, values in cls._legacy_options.items():
+            value = config.pop(name, values[0])
+            if value not in values:
+                raise invalid(cls.__name__, name, f"one of {values}", value)
+        return cls(**config)
+
+    def build(self, input_shape: Shape) -> None:
+        """Create gamma and beta, one element for each element of the kept axes."""
+        self._kept = self._kept_axes(input_shape)
+        sizes = {axis: input_shape[axis] for axis in self._kept}
+        if None in sizes.values():
+            raise self._invalid(
+                "input_shape", "known along `axis`", input_shape, "Give that size to `Input`."
+            )
+        self._broadcast = pooling.kept_shape(input_shape, self._kept)
+        self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes=sizes)
+        self.gamma = self._add_parameter("gamma", self.scale)
+        self.beta = self._add_parameter("beta", self.center)
+
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        """Return the input's shape."""
+        self._kept_axes(input_shape)
+        return input_shape
+
+    def _kept_axes(self, input_shape: Shape) -> tuple[int, ...]:
+        """Return the kept axes, ascending and counted from 0."""
+        rank = len(input_shape)
+        named = (self.axis,) if isinstance(self.axis, int) else self.axis
+        kept = sorted({axis % rank for axis in named if -rank <= axis < rank})
+        if rank < 2 or len(kept) != len(named):
+            raise self._invalid(
+                "axis", "different axes of an input of rank 2 or more", self.axis, input_shape=input_shape
+            )
+        return tuple(kept)
+
+    def _add_parameter(self, name: str, wanted: bool) -> Any:
+        if not wanted:
+            return None
+        return self.add_weight(
+            shape=self._parameter_shape,
+            name=name,
+            initializer=getattr(self, f"{name}_initializer"),
+            regularizer=getattr(self, f"{name}_regularizer"),
+            constraint=getattr(self, f"{name}_constraint"),
+            autocast=False,
+        )
+
+    @property
+    def _parameter_shape(self) -> Shape:
+        return tuple(self._broadcast[axis] for axis in self._kept)
+
+    def _prepared(self, inputs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the input, in a dtype that the kernels sum, and the weights of its elements."""
+        x = inputs
+        given = keras.backend.standardize_dtype(x.dtype)
+        dtype = statistics_dtype(given, self.compute_dtype)
+        if statistics_dtype(given) != dtype or not keras.backend.is_float_dtype(given):
+            x = ops.cast(x, dtype)
+        if mask is None:
+            return x, None
+        mask = ops.convert_to_tensor(mask)
+        weights = pooling.mask_weights(mask, tuple(x.shape), self._kept)
+        if weights is None:
+            raise self._invalid(
+                "mask.shape",
+                "broadcastable to the input without its kept axes, or to all its axes but the last",
+                tuple(mask.shape),
+                inputs_shape=tuple(x.shape),
+                axis=self.axis,
+            )
+        weights = ops.cast(weights, dtype)
+        # What is masked out is normalized like the rest, as in Keras, but a NaN there would turn
+        # gamma's gradient, a sum of products with 0, into NaN.
+        return ops.where((weights > 0) | ops.isfinite(x), x, ops.zeros_like(x)), weights
+
+    def _statistics_dtype(self, x: Tensor) -> str:
+        return statistics_dtype(keras.backend.standardize_dtype(x.dtype))
+
+    def _spread(self, value: Any, dtype: str) -> Tensor:
+        """Return a weight as a tensor that broadcasts against the input; None stays None."""
+        return None if value is None else ops.reshape(ops.cast(value, dtype), self._broadcast)
+
+    def _applied(self, x: Tensor, affine: Affine) -> Tensor:
+        """Return the output: `x` under the map, then gamma and beta."""
+        dtype = keras.backend.standardize_dtype(affine.scale.dtype)
+        gamma, beta = self._spread(self.gamma, dtype), self._spread(self.beta, dtype)
+        return kernels.apply(x, compose(affine, gamma, beta), self.compute_dtype)
+
+    def _invalid(
+        self, name: str, expected: str, value: Any, advice: str = "", **facts: Any
+    ) -> Exception:
+        return invalid(type(self).__name__, name, expected, value, advice, **facts)
+
+
+def _serialized(value: Any) -> Any:
+    """Return an option in the form that a config holds."""
+    if isinstance(value, dict):
+        return {key: _serialized(item) for key, item in value.items()}
+    plain = value is None or isinstance(value, bool | int | float | str | tuple)
+    return value if plain else keras.saving.serialize_keras_object(value)

@@ -1,0 +1,152 @@
+"""Batch renormalization."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_bn.core.affine import Affine, compose, standardize
+from keras_bn.core.estimators import Limits, linear_ramp, moving_average, renorm_correction
+from keras_bn.core.moments import Moments
+from keras_bn.layers.batch_statistics import BatchStatistics
+from keras_bn.types import Shape, Tensor
+
+
+class BatchRenormalization(BatchStatistics):
+    """Normalize by the batch, corrected towards the moving statistics that inference uses.
+
+    In training, with s = √(variance + epsilon) of the batch and σ = √(moving_variance + epsilon),
+
+        r = clip(s / σ, 1 / r_max, r_max),  d = clip((mean - moving_mean) / σ, -d_max, d_max)
+        y = gamma · ((x - mean) / s · r + d) + beta
+        moving_mean = momentum · moving_mean + (1 - momentum) · mean
+        σ           = momentum · σ           + (1 - momentum) · s
+
+    r and d carry no gradient. r_max rises linearly from 1 to `rmax` and d_max from 0 to `dmax`, so
+    that the layer starts as plain batch normalization and the correction comes in as the moving
+    statistics settle. Otherwise (`training` False, None, or `trainable=False`) the layer is
+    `BatchNormalization` with the same weights. Training and inference then agree even where
+    batches are small or their samples depend on each other.
+
+    Pools: batch and space, then corrected towards what is kept.
+    Keeps: moving mean and variance (σ² - epsilon), and the number of training steps; it is a
+        weight, so the warm-up goes on under compilation and over saving and several `fit`s.
+
+    A batch that is empty or masked out as a whole leaves statistics and step as they are. A
+    channel with a NaN or an infinity shows it in its output; its statistics do not take it up.
+
+    Args:
+        axis: The axis that is kept, or a tuple of those that are kept; all others are pooled.
+        momentum: Share of the old moving statistics at each step, in [0, 1].
+        epsilon: Added to the variance [x²].
+        center: Whether to add beta.
+        scale: Whether to multiply by gamma.
+        beta_initializer: Initializer of beta.
+        gamma_initializer: Initializer of gamma.
+        moving_mean_initializer: Initializer of the moving mean.
+        moving_variance_initializer: Initializer of the moving variance.
+        beta_regularizer: Regularizer of beta.
+        gamma_regularizer: Regularizer of gamma.
+        beta_constraint: Constraint on beta.
+        gamma_constraint: Constraint on gamma.
+        rmax: Final limit of r, at least 1.
+        dmax: Final limit of |d|, at least 0.
+        rmax_steps: Where r_max begins and ends to rise [steps]; None for `rmax` from the start.
+        dmax_steps: Where d_max begins and ends to rise [steps]; None for `dmax` from the start.
+        **kwargs: `name`, `dtype`, `trainable`.
+
+    Call arguments:
+        inputs: Any rank from 2, the sizes of the kept axes known.
+        training: Whether to use and update the statistics of the batch.
+        mask: As for `BatchNormalization`.
+
+    Shapes:
+        Input and output the same. gamma, beta and the statistics have the shape of the kept axes.
+
+    Raises:
+        ValueError: An option out of range; in `build`, an axis that the input lacks, or a kept
+            axis of unknown size; in the call, a mask that does not fit.
+        TypeError: An option of the wrong kind.
+
+    Example:
+        >>> import numpy as np, keras, keras_bn
+        >>> x = np.array([[1.0], [3.0]], "float32")
+        >>> layer = keras_bn.BatchRenormalization(rmax_steps=None, dmax_steps=None)
+        >>> y = layer(x, training=True)  # moving mean 0, moving variance 1, before the step
+        >>> s, sigma = np.sqrt(x.var() + 1e-3), np.sqrt(1 + 1e-3)
+        >>> expected = (x - x.mean()) / s * (s / sigma) + x.mean() / sigma
+        >>> np.allclose(keras.ops.convert_to_numpy(y), expected, atol=1e-6)
+        True
+
+    Differences:
+        To `keras.layers.BatchNormalization(renorm=True)`: the limits warm up, one pair of
+        statistics serves correction and inference, and weights of a plain BatchNormalization load
+        (the step then starts at 0).
+
+    References:
+        Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized
+        Models", 2017, https://arxiv.org/abs/1702.03275, algorithm 1; the default steps are those
+        of section 4.
+    """
+
+    def __init__(
+        self,
+        axis: int | Iterable[int] = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = "zeros",
+        gamma_initializer: Any = "ones",
+        moving_mean_initializer: Any = "zeros",
+        moving_variance_initializer: Any = "ones",
+        beta_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        beta_constraint: Any = None,
+        gamma_constraint: Any = None,
+        *,
+        rmax: float = 3.0,
+        dmax: float = 5.0,
+        rmax_steps: tuple[int, int] | None = (5_000, 40_000),
+        dmax_steps: tuple[int, int] | None = (5_000, 25_000),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(locals(), **kwargs)
+
+    def build(self, input_shape: Shape) -> None:
+        """Create gamma, beta, moving mean, moving variance and step."""
+        super().build(input_shape)
+        self.step = self._add_step()
+
+    def limits(self) -> Limits:
+        """Return the limits of r and d at the present step."""
+        dtype = self.moving_mean.dtype
+        step = ops.convert_to_tensor(self.step)
+        rmax = linear_ramp(step, 1.0, self.rmax, self.rmax_steps, dtype)
+        return Limits(1.0 / rmax, rmax, linear_ramp(step, 0.0, self.dmax, self.dmax_steps, dtype))
+
+    def set_weights(self, weights: list[Any]) -> None:
+        """Set the weights; without a step, as from a BatchNormalization, the step starts at 0."""
+        missing_step = len(weights) == len(self.weights) - 1
+        super().set_weights([*weights, np.int32(0)] if missing_step else weights)
+
+    def load_own_variables(self, store: Mapping[str, Any]) -> None:
+        """Load from a file; without a step, as from a BatchNormalization, the step starts at 0."""
+        step = str(len(self.weights) - 1)
+        missing_step = len(store) == len(self.weights) - 1
+        super().load_own_variables({**store, step: np.int32(0)} if missing_step else store)
+
+    def _training_map(self, batch: Moments, known: Tensor) -> Affine:
+        dtype = batch.pivot.dtype
+        kept = self._kept_moments(dtype)
+        stddev, stddev_kept = (ops.sqrt(m.variance + self.epsilon) for m in (batch, kept))
+        limits = Limits(*(ops.cast(limit, dtype) for limit in self.limits()))
+        r, d = renorm_correction(batch, stddev, kept.mean, stddev_kept, limits)
+
+        moved = moving_average(stddev_kept, stddev, self.momentum)
+        variance = ops.maximum(ops.square(moved) - self.epsilon, 0.0)
+        self._move(self.moving_mean, batch.mean, self.momentum, known)
+        self._move(self.moving_variance, variance, 0.0, known)
+        self._count_step(known)
+        return compose(standardize(batch, self.epsilon), r, d)

@@ -1,0 +1,133 @@
+"""The one table of what each option of the family may be: every layer checks and keeps them by it."""
+
+import math
+import numbers
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras.optimizers.schedules import LearningRateSchedule
+
+from keras_bn.errors import invalid
+
+Check = Callable[[str, str, Any], Any]
+
+
+def checked(layer: str, name: str, value: Any) -> Any:
+    """Return the option as the layer keeps it; raise if it cannot be used."""
+    check = CHECKS.get(name) or PARTS[name.rsplit("_", 1)[1]]
+    return check(layer, name, value)
+
+
+def _number(low: float, high: float = math.inf) -> Check:
+    """Accept a finite number in [low, high]."""
+    limits = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+    expected = f"a finite number, {limits}"
+
+    def check(layer: str, name: str, value: Any) -> float:
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            raise invalid(layer, name, expected, value, kind=TypeError)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise invalid(layer, name, expected, value)
+        return float(value)
+
+    return check
+
+
+def _flag(layer: str, name: str, value: Any) -> bool:
+    if value not in (True, False):
+        raise invalid(layer, name, "True or False", value, kind=TypeError)
+    return bool(value)
+
+
+def _integer(layer: str, name: str, expected: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise invalid(layer, name, expected, value, kind=TypeError)
+    return operator.index(value)
+
+
+def _axis(layer: str, name: str, value: Any) -> int | tuple[int, ...]:
+    expected = "an integer, or a tuple of different integers"
+    if not isinstance(value, list | tuple):
+        return _integer(layer, name, expected, value)
+    axes = tuple(_integer(layer, name, expected, axis) for axis in value)
+    if not axes or len(set(axes)) < len(axes):
+        raise invalid(layer, name, expected, value, "Name each axis that is kept once.")
+    return axes[0] if len(axes) == 1 else axes
+
+
+def _groups(layer: str, name: str, value: Any) -> int:
+    expected = "a positive integer, or -1 for one group per channel"
+    groups = _integer(layer, name, expected, value)
+    if groups < 1 and groups != -1:
+        raise invalid(layer, name, expected, value)
+    return groups
+
+
+def _steps(layer: str, name: str, value: Any) -> tuple[int, int] | None:
+    expected = "None, or two integers (start, end) with 0 <= start <= end"
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple):
+        raise invalid(layer, name, expected, value, kind=TypeError)
+    steps = tuple(_integer(layer, name, expected, step) for step in value)
+    if len(steps) != 2 or not 0 <= steps[0] <= steps[1]:
+        raise invalid(layer, name, expected, value)
+    return steps[0], steps[1]
+
+
+def _name(layer: str, name: str, value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise invalid(layer, name, "None, or the name of a mapped axis", value, kind=TypeError)
+    return value
+
+
+def _clipping(layer: str, name: str, value: Any) -> dict[str, Any] | None:
+    expected = "None, or a dictionary with any of the keys 'rmin', 'rmax' and 'dmax'"
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise invalid(layer, name, expected, value, kind=TypeError)
+    if set(value) - {"rmin", "rmax", "dmax"}:
+        raise invalid(layer, name, expected, value)
+    limits = {key: _limit(layer, f"{name}[{key!r}]", limit) for key, limit in value.items()}
+    low, high = limits.get("rmin"), limits.get("rmax")
+    if isinstance(low, float) and isinstance(high, float) and low > high:
+        raise invalid(layer, name, "a dictionary with rmin <= rmax", value)
+    return limits
+
+
+def _limit(layer: str, name: str, value: Any) -> Any:
+    """Accept None (no limit), a schedule over training steps, or a number."""
+    if isinstance(value, dict):
+        value = keras.saving.deserialize_keras_object(value)
+    if value is None or isinstance(value, LearningRateSchedule):
+        return value
+    return _number(0.0)(layer, name, value)
+
+
+CHECKS: dict[str, Check] = {
+    "axis": _axis,
+    "axis_name": _name,
+    "center": _flag,
+    "dmax": _number(0.0),
+    "dmax_steps": _steps,
+    "epsilon": _number(0.0),
+    "groups": _groups,
+    "momentum": _number(0.0, 1.0),
+    "renorm": _flag,
+    "renorm_clipping": _clipping,
+    "renorm_momentum": _number(0.0, 1.0),
+    "rmax": _number(1.0),
+    "rmax_steps": _steps,
+    "scale": _flag,
+    "synchronized": _flag,
+}
+
+# By the last word of the option's name: `beta_initializer`, `gamma_constraint`, ...
+PARTS: dict[str, Check] = {
+    "initializer": lambda _layer, _name, value: keras.initializers.get(value),
+    "regularizer": lambda _layer, _name, value: keras.regularizers.get(value),
+    "constraint": lambda _layer, _name, value: keras.constraints.get(value),
+}
