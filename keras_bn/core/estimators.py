@@ -37,7 +37,7 @@ def linear_ramp(
 
 
 class Limits(NamedTuple):
-    """How far renormalization may correct: r in [rmin, rmax], d in [-dmax, dmax]; None: no limit."""
+    """How far renormalization may correct: r in [rmin, rmax], |d| <= dmax; None for no limit."""
 
     rmin: Tensor | None
     rmax: Tensor | None

@@ -44,10 +44,10 @@ class Moments(NamedTuple):
         """The biased variance, m2 / count [x²]; 0 for an empty set."""
         return self.m2 / positive(self.count)
 
-    def reshape(self, shape: tuple[int, ...]) -> "Moments":
-        """Return the same moments with arrays of another shape."""
-        count = self.count if is_static(self.count) else ops.reshape(self.count, shape)
-        return Moments(count, *(ops.reshape(part, shape) for part in self[1:]))
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Moments":
+        """Return the moments with the function applied to each array."""
+        count = self.count if is_static(self.count) else function(self.count)
+        return Moments(count, *(function(part) for part in self[1:]))
 
 
 def is_static(count: Tensor) -> bool:

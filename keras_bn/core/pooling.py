@@ -13,7 +13,7 @@ def reduced_axes(rank: int, kept: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def kept_shape(shape: Shape, kept: tuple[int, ...]) -> Shape:
-    """Return the shape with 1 along every axis that is not kept: it broadcasts against the input."""
+    """Return the shape with 1 along every axis that is not kept, to broadcast over the input."""
     return tuple(size if axis in kept else 1 for axis, size in enumerate(shape))
 
 
@@ -53,11 +53,29 @@ def _align(mask: Tensor, axes: tuple[int, ...], shape: Shape) -> Tensor | None:
     return ops.reshape(mask, aligned)
 
 
-def group_total(axis: int, groups: int) -> Callable[[Tensor], Tensor]:
+def split_groups(array: Tensor, axis: int, groups: int) -> Tensor:
+    """Split the channel axis into groups and the channels of a group; an axis of size 1 stays."""
+    shape = ops.shape(array)
+    sizes = (1, 1) if array.shape[axis] == 1 else (groups, shape[axis] // groups)
+    return ops.reshape(array, (*shape[:axis], *sizes, *shape[axis + 1 :]))
+
+
+def join_groups(array: Tensor, axis: int, channels: int) -> Tensor:
+    """Undo `split_groups`; what there is once for each group is given to each of its channels."""
+    shape = ops.shape(array)
+    groups = array.shape[axis]
+    spread = (*shape[: axis + 1], channels // groups, *shape[axis + 2 :])
+    return ops.reshape(
+        ops.broadcast_to(array, spread), (*shape[:axis], channels, *shape[axis + 2 :])
+    )
+
+
+def group_total(axis: int, channels: int, groups: int) -> Callable[[Tensor], Tensor]:
     """Return the sum over the channels of a group, given back to each of them.
 
     Args:
         axis: The channel axis of the arrays to be summed.
+        channels: Their size along it.
         groups: Number of groups of neighbouring channels.
 
     Returns:
@@ -65,9 +83,7 @@ def group_total(axis: int, groups: int) -> Callable[[Tensor], Tensor]:
     """
 
     def total(array: Tensor) -> Tensor:
-        shape = ops.shape(array)
-        split = (*shape[:axis], groups, shape[axis] // groups, *shape[axis + 1 :])
-        sums = ops.sum(ops.reshape(array, split), axis=axis + 1, keepdims=True)
-        return ops.reshape(ops.broadcast_to(sums, split), shape)
+        sums = ops.sum(split_groups(array, axis, groups), axis=axis + 1, keepdims=True)
+        return join_groups(sums, axis, channels)
 
     return total

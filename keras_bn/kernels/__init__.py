@@ -17,8 +17,12 @@ and arrays of the pooled size are kept. Neither communicates: a sum over replica
 """
 
 import importlib
+from collections.abc import Callable
 
 import keras
+
+from keras_bn.core.moments import Moments
+from keras_bn.types import Tensor
 
 _HAND_WRITTEN = ("tensorflow", "jax", "torch")
 
@@ -27,7 +31,7 @@ _kernels = importlib.import_module(
     f"keras_bn.kernels.{_backend if _backend in _HAND_WRITTEN else 'generic'}"
 )
 
-moments = _kernels.moments
-apply = _kernels.apply
+moments: Callable[..., Moments] = _kernels.moments
+apply: Callable[..., Tensor] = _kernels.apply
 
 __all__ = ["apply", "moments"]

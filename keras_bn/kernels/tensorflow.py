@@ -56,14 +56,12 @@ def apply(x: Tensor, affine: Affine, dtype: str) -> Tensor:
     """Return (x - center)·scale + shift in `dtype`; see `keras_bn.kernels`."""
 
     @tf.custom_gradient
-    def affine_map(
-        x: Tensor, center: Tensor, scale: Tensor, shift: Tensor
-    ) -> tuple[Tensor, Any]:
+    def affine_map(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Any]:
         y = (tf.cast(x, scale.dtype) - center) * scale + shift
         axes = tuple(axis for axis, size in enumerate(scale.shape) if size == 1)
 
         def gradient(dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            """dx = dy·scale, d_scale = Σ dy·(x - center), d_shift = Σ dy, d_center = -scale·d_shift."""
+            """dx = dy·scale, d_shift = Σ dy, d_scale = Σ dy·(x-center), d_center = -scale·d_shift."""
             dy = tf.cast(dy, scale.dtype)
             d_shift = block_sum(dy, axes)
             d_scale = block_sum(dy * (tf.cast(x, scale.dtype) - center), axes)
@@ -75,7 +73,7 @@ def apply(x: Tensor, affine: Affine, dtype: str) -> Tensor:
 
 
 def block_sum(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Sum over `axes`, kept with size 1: blocks in the dtype of `x`, the blocks' sums in float64."""
+    """Sum over `axes`, kept with size 1: blocks in the dtype of `x`, their sums in float64."""
 
     @tf.custom_gradient
     def total(x: Tensor) -> tuple[Tensor, Any]:
@@ -103,7 +101,7 @@ def _sum_blocks(x: Tensor, axes: tuple[int, ...]) -> Tensor:
 
 
 def _fold(x: Tensor, axis: int, room: int) -> Tensor:
-    """Sum blocks of up to `room` neighbours along an axis, which keeps one element for each block."""
+    """Sum blocks of up to `room` neighbours along an axis, which keeps one element a block."""
     size = x.shape[axis]
     block = next((b for b in range(room, 7, -1) if size is not None and size % b == 0), room)
     shape = tf.shape(x)

@@ -23,7 +23,7 @@ def moments(x: Tensor, axes: Axes, weights: Tensor | None = None) -> Moments:
         count: Any = math.prod(x.shape[axis] for axis in axes)
     else:
         weights = weights.detach().expand(x.shape)
-        count = weights.sum(axes, keepdim=True)
+        count = _sum(weights, axes, weights.dtype)
     pivot, offset, m2 = _Moments.apply(x, weights, positive(count), axes)
     return Moments(count, pivot, offset, m2)
 
@@ -89,7 +89,7 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        """dx = dy·scale, d_scale = Σ dy·(x - center), d_shift = Σ dy, d_center = -scale·d_shift."""
+        """dx = dy·scale, d_shift = Σ dy, d_scale = Σ dy·(x - center), d_center = -scale·d_shift."""
         x, center, scale = ctx.saved_tensors
         dy = grads[0].to(scale.dtype)
         axes = tuple(axis for axis, size in enumerate(scale.shape) if size == 1)

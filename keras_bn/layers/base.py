@@ -44,7 +44,9 @@ class Normalization(keras.layers.Layer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__module__.startswith("keras_bn."):
-            named = [p for p in inspect.signature(cls).parameters.values() if p.kind != p.VAR_KEYWORD]
+            named = [
+                p for p in inspect.signature(cls).parameters.values() if p.kind != p.VAR_KEYWORD
+            ]
             cls._options = tuple(p.name for p in named)
             cls._extras = {p.name: p.default for p in named if p.kind == p.KEYWORD_ONLY}
             keras.saving.register_keras_serializable("keras_bn")(cls)
@@ -96,7 +98,10 @@ class Normalization(keras.layers.Layer):
         kept = sorted({axis % rank for axis in named if -rank <= axis < rank})
         if rank < 2 or len(kept) != len(named):
             raise self._invalid(
-                "axis", "different axes of an input of rank 2 or more", self.axis, input_shape=input_shape
+                "axis",
+                "different axes of an input of rank 2 or more",
+                self.axis,
+                input_shape=input_shape,
             )
         return tuple(kept)
 

@@ -151,7 +151,9 @@ class BatchNormalization(BatchStatistics):
         stddev_kept = ops.maximum(
             self._spread(self.renorm_stddev, batch.pivot.dtype), self.epsilon**0.5
         )
-        r, d = renorm_correction(batch, stddev, mean_kept, stddev_kept, self._limits(known, stddev.dtype))
+        r, d = renorm_correction(
+            batch, stddev, mean_kept, stddev_kept, self._limits(known, stddev.dtype)
+        )
 
         self._move(self.renorm_mean, batch.mean, self.renorm_momentum, known)
         self._move(self.renorm_stddev, stddev, self.renorm_momentum, known)

@@ -61,7 +61,12 @@ class BatchStatistics(Normalization):
 
     def _add_step(self) -> Any:
         return self.add_weight(
-            shape=(), name="step", initializer="zeros", dtype="int32", trainable=False, autocast=False
+            shape=(),
+            name="step",
+            initializer="zeros",
+            dtype="int32",
+            trainable=False,
+            autocast=False,
         )
 
     def _kept_moments(self, dtype: str) -> Moments:

@@ -54,7 +54,7 @@ class GroupNormalization(Normalization):
 
     Example:
         >>> import numpy as np, keras, keras_bn
-        >>> x = np.arange(8, dtype="float32").reshape(1, 2, 4)  # one sample, 2 positions, 4 channels
+        >>> x = np.arange(8, dtype="float32").reshape(1, 2, 4)  # 2 positions, 4 channels
         >>> y = keras_bn.GroupNormalization(groups=2, epsilon=1e-3)(x)
         >>> group = x[..., :2]
         >>> expected = (group - group.mean()) / np.sqrt(group.var() + 1e-3)
@@ -115,8 +115,16 @@ class GroupNormalization(Normalization):
     def _moments(self, x: Tensor, weights: Tensor | None) -> Moments:
         """Return the moments of each sample's groups, once for each of their channels."""
         (axis,) = self._kept
+        channels = x.shape[axis]
         space = pooling.reduced_axes(len(x.shape), (0, axis))
-        cells = kernels.moments(x, space, weights)
         if self.groups == -1:
-            return cells
-        return merge(cells, pooling.group_total(axis, self.groups))
+            return kernels.moments(x, space, weights)
+        if space:
+            # Splitting the channels of an image would cost more than all sums together.
+            total = pooling.group_total(axis, channels, self.groups)
+            return merge(kernels.moments(x, space, weights), total)
+        grouped = pooling.split_groups(x, axis, self.groups)
+        if weights is not None:
+            weights = pooling.split_groups(weights, axis, self.groups)
+        moments = kernels.moments(grouped, (axis + 1,), weights)
+        return moments.map(lambda array: pooling.join_groups(array, axis, channels))

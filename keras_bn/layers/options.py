@@ -1,4 +1,4 @@
-"""The one table of what each option of the family may be: every layer checks and keeps them by it."""
+"""What each option of the family may be: one table, by which every layer checks and keeps them."""
 
 import math
 import numbers
@@ -28,9 +28,10 @@ def _number(low: float, high: float = math.inf) -> Check:
     def check(layer: str, name: str, value: Any) -> float:
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             raise invalid(layer, name, expected, value, kind=TypeError)
-        if not (low <= value <= high and math.isfinite(value)):
+        number = float(value)
+        if not (low <= number <= high and math.isfinite(number)):
             raise invalid(layer, name, expected, value)
-        return float(value)
+        return number
 
     return check
 
