@@ -1,0 +1,69 @@
+# Every target sets up what it needs, in $(VENV), from the pins in requirements/.
+
+PYTHON        ?= python3
+KERAS_BACKEND ?= tensorflow
+KNOWN         := tensorflow jax torch
+BACKENDS      ?= $(KNOWN)
+VENV          := .venv
+SUITE_NEEDS   := $(KNOWN) dev examples
+
+# The oldest Keras is stated in one place, the package's own requirement.
+OLDEST_KERAS := $(shell sed -n 's/.*"keras>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+STAMPS  := $(VENV)/stamps
+PARTIAL := $(VENV)/partial
+
+.PHONY: help demo test test-oldest lint clean known-KERAS_BACKEND known-BACKENDS
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: known-KERAS_BACKEND $(STAMPS)/$(KERAS_BACKEND) $(STAMPS)/examples  ## train on digits (KERAS_BACKEND=tensorflow|jax|torch)
+	KERAS_BACKEND=$(KERAS_BACKEND) TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python examples/digits.py
+
+test: known-BACKENDS $(SUITE_NEEDS:%=$(STAMPS)/%)  ## run the suite (BACKENDS="jax torch", ARGS="-k moments")
+	@$(BIN)/python tests/run_suite.py --backends="$(BACKENDS)" $(ARGS)
+
+test-oldest:  ## run the suite on the oldest supported Keras, with JAX
+	@$(MAKE) --no-print-directory test VENV=.venv-oldest BACKENDS=jax \
+		SUITE_NEEDS="jax dev examples oldest-keras"
+
+lint: $(STAMPS)/dev  ## ruff and mypy
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m mypy
+
+clean:  ## remove the environments, caches and builds
+	rm -rf .venv .venv-oldest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+known-KERAS_BACKEND known-BACKENDS: known-%:
+	$(if $(filter-out $(KNOWN),$(or $($*),none)),$(error $* must be among: $(KNOWN). Received: $*=$($*)))
+
+# One stamp per requirement file, written after its installation. An interrupted pip can leave
+# a package that looks installed, so the mark it leaves behind makes the next run start afresh.
+define install
+	@echo "$(VENV): installing $(@F)"
+	@touch $(PARTIAL)
+	@$(PIP) $(1)
+	@touch $@ && rm $(PARTIAL)
+endef
+
+$(STAMPS)/venv: $(wildcard $(PARTIAL))
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo 'PYTHON must be Python 3.11 to 3.13. Received: PYTHON=$(PYTHON)' >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@mkdir $(STAMPS) && touch $@
+
+$(STAMPS)/base: requirements/base.txt requirements/constraints.txt pyproject.toml $(STAMPS)/venv
+	$(call install,-r $< && $(PIP) --no-deps --no-build-isolation --editable .)
+
+$(STAMPS)/oldest-keras: $(STAMPS)/base $(STAMPS)/jax $(STAMPS)/dev $(STAMPS)/examples
+	$(call install,--no-deps keras==$(OLDEST_KERAS))
+
+$(STAMPS)/%: requirements/%.txt requirements/constraints.txt $(STAMPS)/venv | $(STAMPS)/base
+	$(call install,-r $<)

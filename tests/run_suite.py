@@ -1,0 +1,102 @@
+"""Run the suite once per backend, then the cross-backend files, and print one summary.
+
+Keras chooses its backend when it is imported, so each backend needs a process of its own;
+the cross-backend files start such processes themselves and run when all three are asked for.
+What is not listed below (`-k moments`, `tests/core`, `-x`) goes to pytest.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from xml.etree import ElementTree
+
+BACKENDS = ("tensorflow", "jax", "torch")
+CROSS_BACKEND = "tests/cross_backend"
+NO_TESTS_COLLECTED = 5  # pytest's exit code; under `-k` one backend alone may have nothing to run
+
+# Two workers with a thread pool each would fight for the cores; the environment may say otherwise.
+DEFAULTS = {
+    "OMP_NUM_THREADS": "1",
+    "TF_NUM_INTRAOP_THREADS": "1",
+    "TF_NUM_INTEROP_THREADS": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}
+PYTEST = [sys.executable, "-m", "pytest", "--quiet", "-n", "2", "--dist", "worksteal"]
+
+
+def run_pytest(name: str, backend: str, arguments: list[str]) -> Counter[str]:
+    """Run pytest in a process of its own; count its outcomes and its seconds."""
+    print(f"\n== {name}", flush=True)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        code = subprocess.run(
+            [*PYTEST, f"--junit-xml={report}", *arguments],
+            env=DEFAULTS | os.environ | {"KERAS_BACKEND": backend},
+            check=False,
+        ).returncode
+        counts = count_outcomes(report)
+    if code not in (0, NO_TESTS_COLLECTED) and not counts["failed"]:
+        counts["failed"] = 1  # pytest itself failed: a broken conftest, a crash, a wrong option
+    counts["seconds"] = round(time.monotonic() - start)
+    return counts
+
+
+def count_outcomes(report: Path) -> Counter[str]:
+    """Count the outcomes in a JUnit report; an error in a fixture is a failure."""
+    if not report.exists():
+        return Counter()
+    outcome = {"failure": "failed", "error": "failed", "skipped": "skipped"}
+    return Counter(
+        next((outcome[child.tag] for child in case if child.tag in outcome), "passed")
+        for case in ElementTree.parse(report).iter("testcase")
+    )
+
+
+def plan(backends: list[str], arguments: list[str]) -> dict[str, tuple[str, list[str]]]:
+    """Name each run, with its backend and pytest's arguments; a path given replaces the default."""
+    paths = [argument for argument in arguments if argument.startswith("tests")]
+    crossing = [path.startswith(CROSS_BACKEND) for path in paths]
+    runs = {}
+    if not paths or not all(crossing):
+        runs = {name: (name, [f"--ignore={CROSS_BACKEND}", *arguments]) for name in backends}
+    if all(crossing) and set(backends) == set(BACKENDS) and Path(CROSS_BACKEND).is_dir():
+        runs["cross-backend"] = (backends[0], ["-o", f"testpaths={CROSS_BACKEND}", *arguments])
+    return runs
+
+
+def summarize(results: dict[str, Counter[str]]) -> Counter[str]:
+    """Print a line per run and the total as the last line; return the total."""
+    columns = ("passed", "failed", "skipped", "seconds")
+    heading = f"keras {version('keras')}"
+    print(f"\n{heading:15}" + "".join(f"{column:>9}" for column in columns))
+    for name, counts in results.items():
+        print(f"{name:15}" + "".join(f"{counts[column]:9}" for column in columns))
+    total = sum(results.values(), Counter())
+    skipped = f", {total['skipped']} skipped" if total["skipped"] else ""
+    print(f"{total['passed']} passed, {total['failed']} failed{skipped}", flush=True)
+    return total
+
+
+def main() -> int:
+    """Run what the command line asks for; 0 if tests ran and none failed."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--backends", default=" ".join(BACKENDS), help="default: all three")
+    options, arguments = parser.parse_known_args()
+    backends = options.backends.split()
+    if unknown := set(backends) - set(BACKENDS):
+        parser.error(f"backends must be among {BACKENDS}. Received: {sorted(unknown)}")
+    os.chdir(Path(__file__).parents[1])
+    runs = plan(backends, arguments)
+    total = summarize({name: run_pytest(name, *run) for name, run in runs.items()})
+    return int(total["failed"] > 0 or total["passed"] == 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
