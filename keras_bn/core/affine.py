@@ -22,6 +22,13 @@ class Affine(NamedTuple):
     shift: Tensor
 
 
+class Learned(NamedTuple):
+    """What a layer learns: a factor and a summand, in the shape of the map; None for 1 and 0."""
+
+    gamma: Tensor | None
+    beta: Tensor | None
+
+
 def standardize(moments: Moments, epsilon: float) -> Affine:
     """Return the map to mean 0 and variance 1: (x - mean) / √(variance + epsilon).
 

@@ -3,8 +3,9 @@
 from typing import NamedTuple
 
 from keras import ops
+from keras.backend import standardize_dtype
 
-from keras_bn.core.moments import Moments
+from keras_bn.core.moments import Moments, is_static
 from keras_bn.types import Tensor
 
 
@@ -29,11 +30,20 @@ def linear_ramp(
         A tensor without axes.
     """
     if steps is None:
-        return ops.cast(end, dtype)
+        return ops.convert_to_tensor(end, dtype)
     first, last = steps
     # A ramp without length is a jump: the divisor must not be 0.
     done = ops.cast(step - first, dtype) / max(last - first, 1)
     return start + (end - start) * ops.clip(done, 0.0, 1.0)
+
+
+def at_least(x: Tensor, low: Tensor) -> Tensor:
+    """Return the larger of two values; NaN stays NaN.
+
+    `keras.ops.maximum` (Keras 3.15) rounds float64 to float32 in PyTorch.
+    """
+    low = ops.convert_to_tensor(low, standardize_dtype(x.dtype))
+    return ops.where(x < low, low, x)
 
 
 class Limits(NamedTuple):
@@ -52,7 +62,7 @@ def renorm_correction(
     r = stddev / stddev_kept, d = (mean - mean_kept) / stddev_kept, each within its limits.
 
     Args:
-        moments: The batch's.
+        moments: The batch's; an empty one is not corrected.
         stddev: The batch's standard deviation, √(variance + epsilon) [x].
         mean_kept: The kept mean [x].
         stddev_kept: The kept standard deviation, positive [x].
@@ -67,9 +77,12 @@ def renorm_correction(
     r = stddev / stddev_kept
     d = ((moments.pivot - mean_kept) + moments.offset) / stddev_kept
     if limits.rmin is not None:
-        r = ops.maximum(r, limits.rmin)
+        r = at_least(r, limits.rmin)
     if limits.rmax is not None:
-        r = ops.minimum(r, limits.rmax)
+        r = -at_least(-r, -limits.rmax)
     if limits.dmax is not None:
-        d = ops.minimum(ops.maximum(d, -limits.dmax), limits.dmax)
+        d = at_least(-at_least(-d, -limits.dmax), -limits.dmax)
+    if not is_static(moments.count):
+        filled = moments.count > 0
+        r, d = ops.where(filled, r, ops.ones_like(r)), ops.where(filled, d, ops.zeros_like(d))
     return ops.stop_gradient(r), ops.stop_gradient(d)

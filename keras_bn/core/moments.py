@@ -44,11 +44,6 @@ class Moments(NamedTuple):
         """The biased variance, m2 / count [x²]; 0 for an empty set."""
         return self.m2 / positive(self.count)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Moments":
-        """Return the moments with the function applied to each array."""
-        count = self.count if is_static(self.count) else function(self.count)
-        return Moments(count, *(function(part) for part in self[1:]))
-
 
 def is_static(count: Tensor) -> bool:
     """Say whether a count is a Python number, known before the call."""
@@ -94,7 +89,8 @@ def merge(parts: Moments, total: Callable[[Tensor], Tensor]) -> Moments:
     counts = parts.count * ops.ones_like(parts.pivot)
     count = total(counts)
     pivot = ops.stop_gradient(total(counts * parts.pivot) / positive(count))
-    distance = (parts.pivot - pivot) + parts.offset
+    # An empty part may lie so far off that its distance overflows.
+    distance = ops.where(counts > 0, (parts.pivot - pivot) + parts.offset, ops.zeros_like(pivot))
     offset = total(counts * distance) / positive(count)
     m2 = total(parts.m2 + counts * ops.square(distance - offset))
     return Moments(count, pivot, offset, m2)

@@ -1,10 +1,26 @@
 """Which axes, groups and masked elements belong together."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from keras import ops
 
 from keras_bn.types import Shape, Tensor
+
+
+class Pooling(NamedTuple):
+    """Which elements of a tensor belong to one set.
+
+    Attributes:
+        axes: The axes that are summed over; what is left is one cell for each element.
+        weights: How much each element counts; None for 1.
+        total: Sums an array of cells over those that belong together, given back to each of them;
+            None where each cell is a set.
+    """
+
+    axes: tuple[int, ...]
+    weights: Tensor | None = None
+    total: Callable[[Tensor], Tensor] | None = None
 
 
 def reduced_axes(rank: int, kept: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """The operations on the big tensor: one contract, one file for each backend.
 
     moments(x, axes, weights) -> Moments    apply(x, affine, dtype) -> y
+    normalize(x, pooling, ...) -> y, Moments: both, and the algebra between them
 
 `moments` sums over `axes` and keeps them with size 1. It sums in float32 at least, never below
 the dtype of `x`, and m2 is never negative. `weights` (None, or non-negative and broadcastable to
@@ -8,7 +9,8 @@ the dtype of `x`, and m2 is never negative. `weights` (None, or non-negative and
 The pivot is a constant for gradients; weights carry none.
 
 `apply` returns (x - center)·scale + shift, computed in the dtype of the affine map and cast to
-`dtype`. The parts of the map have the shape of each other and broadcast against `x`.
+`dtype`. The map's parts broadcast against `x`; scale and shift have one shape, and so has a
+center that is to have a gradient.
 
 With u the unit roundoff of the statistics' dtype and κ = |mean| / standard deviation:
 |variance / true - 1| <= 8·u·(1 + κ²·u), however many elements there are, and the error of
@@ -16,22 +18,7 @@ standardized x is at most 8·u·(1 + κ). For the gradient only `x` in its own d
 and arrays of the pooled size are kept. Neither communicates: a sum over replicas goes between.
 """
 
-import importlib
-from collections.abc import Callable
+from keras_bn.kernels.active import apply, moments
+from keras_bn.kernels.normalization import normalize
 
-import keras
-
-from keras_bn.core.moments import Moments
-from keras_bn.types import Tensor
-
-_HAND_WRITTEN = ("tensorflow", "jax", "torch")
-
-_backend = keras.backend.backend()
-_kernels = importlib.import_module(
-    f"keras_bn.kernels.{_backend if _backend in _HAND_WRITTEN else 'generic'}"
-)
-
-moments: Callable[..., Moments] = _kernels.moments
-apply: Callable[..., Tensor] = _kernels.apply
-
-__all__ = ["apply", "moments"]
+__all__ = ["apply", "moments", "normalize"]

@@ -36,7 +36,7 @@ def moments(x: Tensor, axes: tuple[int, ...], weights: Tensor | None = None) -> 
         first, second = total(weights * deviation), total(weights * ops.square(deviation))
     offset = first / positive(count)
     # The pivot is the rounded mean, so this subtracts next to nothing.
-    m2 = ops.maximum(second - first * offset, ops.zeros_like(second))
+    m2 = ops.relu(second - first * offset)
     return Moments(count, pivot, offset, m2)
 
 

@@ -61,7 +61,7 @@ def apply(x: Tensor, affine: Affine, dtype: str) -> Tensor:
         axes = tuple(axis for axis, size in enumerate(scale.shape) if size == 1)
 
         def gradient(dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            """dx = dy·scale, d_shift = Σ dy, d_scale = Σ dy·(x-center), d_center = -scale·d_shift."""
+            """Sum dy for shift, dy·(x - center) for scale; dx is dy·scale."""
             dy = tf.cast(dy, scale.dtype)
             d_shift = block_sum(dy, axes)
             d_scale = block_sum(dy * (tf.cast(x, scale.dtype) - center), axes)

@@ -20,7 +20,8 @@ Axes = tuple[int, ...]
 def moments(x: Tensor, axes: Axes, weights: Tensor | None = None) -> Moments:
     """Return the moments of `x` over `axes`; see `keras_bn.kernels`."""
     if weights is None:
-        count: Any = math.prod(x.shape[axis] for axis in axes)
+        # A list: torch 2.13 cannot trace a generator.
+        count: Any = math.prod([x.shape[axis] for axis in axes])
     else:
         weights = weights.detach().expand(x.shape)
         count = _sum(weights, axes, weights.dtype)
@@ -32,6 +33,15 @@ def apply(x: Tensor, affine: Affine, dtype: str) -> Tensor:
     """Return (x - center)·scale + shift in `dtype`; see `keras_bn.kernels`."""
     y: Tensor = _Apply.apply(x, *affine, getattr(torch, dtype))
     return y
+
+
+def hold(x: Tensor) -> Tensor:
+    """Return a constant that the backward pass takes as it is now.
+
+    torch 2.13: compiled code may compute it again in the backward pass, from statistics that the
+    forward pass has moved meanwhile, and silently return a wrong gradient.
+    """
+    return torch.ops.keras_bn.hold(x) if torch.compiler.is_compiling() else x
 
 
 class _Moments(torch.autograd.Function):
@@ -112,8 +122,33 @@ def _sum(values: Tensor, axes: Axes, dtype: torch.dtype) -> Tensor:
     """Sum over `axes`, axes kept."""
     if not axes:
         return values.to(dtype)
-    if torch.compiler.is_compiling() and values.device.type == "cpu":
-        # torch 2.13: inductor's loops on the CPU add one by one (48 units in the last place for
-        # 4096 elements) where eager kernels sum in blocks; float64 is fused and costs no copy.
-        return values.sum(axes, keepdim=True, dtype=torch.float64).to(dtype)
-    return values.sum(axes, keepdim=True, dtype=dtype)
+    if not torch.compiler.is_compiling() or values.device.type != "cpu":
+        return values.sum(axes, keepdim=True, dtype=dtype)
+    # torch 2.13: inductor's loops on the CPU add one by one (48 units in the last place for 4096
+    # elements) where eager kernels sum in blocks. float64 is fused and costs no copy.
+    if dtype == torch.float64:
+        total: Tensor = torch.ops.keras_bn.eager_sum(values, axes)
+        return total
+    return values.sum(axes, keepdim=True, dtype=torch.float64).to(dtype)
+
+
+@torch.library.custom_op("keras_bn::eager_sum", mutates_args=())
+def _eager_sum(values: torch.Tensor, axes: list[int]) -> torch.Tensor:
+    """Sum by the eager kernel, in compiled code too."""
+    return values.sum(axes, keepdim=True)
+
+
+@_eager_sum.register_fake
+def _(values: torch.Tensor, axes: list[int]) -> torch.Tensor:
+    return values.sum(axes, keepdim=True)
+
+
+@torch.library.custom_op("keras_bn::hold", mutates_args=())
+def _hold(x: torch.Tensor) -> torch.Tensor:
+    """Copy, in a way that the compiler does not see through."""
+    return x.clone()
+
+
+@_hold.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)

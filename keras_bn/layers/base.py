@@ -1,6 +1,7 @@
 """What all layers share: options and config, gamma and beta, axes, dtypes, masks."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import keras
@@ -8,8 +9,10 @@ from keras import ops
 
 from keras_bn import kernels
 from keras_bn.core import pooling
-from keras_bn.core.affine import Affine, compose
+from keras_bn.core.affine import Learned
 from keras_bn.core.dtypes import statistics_dtype
+from keras_bn.core.moments import Moments
+from keras_bn.core.pooling import Pooling
 from keras_bn.errors import invalid
 from keras_bn.layers.options import checked
 from keras_bn.types import Shape, Tensor
@@ -152,11 +155,28 @@ class Normalization(keras.layers.Layer):
         """Return a weight as a tensor that broadcasts against the input; None stays None."""
         return None if value is None else ops.reshape(ops.cast(value, dtype), self._broadcast)
 
-    def _applied(self, x: Tensor, affine: Affine) -> Tensor:
-        """Return the output: `x` under the map, then gamma and beta."""
-        dtype = keras.backend.standardize_dtype(affine.scale.dtype)
-        gamma, beta = self._spread(self.gamma, dtype), self._spread(self.beta, dtype)
-        return kernels.apply(x, compose(affine, gamma, beta), self.compute_dtype)
+    def _learned(self, dtype: str) -> Learned:
+        return Learned(self._spread(self.gamma, dtype), self._spread(self.beta, dtype))
+
+    def _normalized(
+        self,
+        x: Tensor,
+        pooling: Pooling,
+        view: Callable[[Tensor], Tensor] | None = None,
+        **how: Any,
+    ) -> tuple[Tensor, Moments]:
+        """Return the output and the moments by which it is normalized.
+
+        Args:
+            x: The input, or a view of it.
+            pooling: Which of its elements belong to one set.
+            view: Gives gamma and beta the axes of that view.
+            **how: As for `kernels.normalize`.
+        """
+        learned = self._learned(self._statistics_dtype(x))
+        if view is not None:
+            learned = Learned(*(part if part is None else view(part) for part in learned))
+        return kernels.normalize(x, pooling, learned, self.epsilon, self.compute_dtype, **how)
 
     def _invalid(
         self, name: str, expected: str, value: Any, advice: str = "", **facts: Any

@@ -6,8 +6,7 @@ from typing import Any, ClassVar
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
-from keras_bn.core.affine import Affine, compose, standardize
-from keras_bn.core.estimators import Limits, renorm_correction
+from keras_bn.core.estimators import Limits, at_least, renorm_correction
 from keras_bn.core.moments import Moments
 from keras_bn.layers.batch_statistics import BatchStatistics
 from keras_bn.types import Shape, Tensor
@@ -130,48 +129,40 @@ class BatchNormalization(BatchStatistics):
         self.renorm_mean = self._add_statistic("renorm_mean", self.moving_mean_initializer)
         self.renorm_stddev = self._add_statistic("renorm_stddev", self._initial_stddev)
         limits = (self.renorm_clipping or {}).values()
-        if any(isinstance(limit, LearningRateSchedule) for limit in limits):
-            self.step = self._add_step()
+        is_scheduled = any(isinstance(limit, LearningRateSchedule) for limit in limits)
+        self.step = self._add_step() if is_scheduled else None
 
     def _initial_stddev(self, shape: Shape, dtype: str | None = None) -> Tensor:
         return ops.sqrt(self.moving_variance_initializer(shape, dtype=dtype))
 
-    def _training_map(self, batch: Moments, known: Tensor) -> Affine:
-        if self.renorm:
-            return self._renormalized(batch, known)
+    def _correction(self, batch: Moments) -> tuple[Tensor, Tensor] | None:
+        if not self.renorm:
+            return None
+        dtype = batch.pivot.dtype
+        mean, stddev = (self._spread(v, dtype) for v in (self.renorm_mean, self.renorm_stddev))
+        # The initial value may be 0.
+        stddev = at_least(stddev, self.epsilon**0.5)
+        return renorm_correction(batch, self._stddev(batch), mean, stddev, self._limits(dtype))
+
+    def _update(self, batch: Moments, known: Tensor) -> None:
         self._move(self.moving_mean, batch.mean, self.momentum, known)
-        self._move(self.moving_variance, batch.variance, self.momentum, known)
-        return standardize(batch, self.epsilon)
-
-    def _renormalized(self, batch: Moments, known: Tensor) -> Affine:
-        """Return the map corrected towards the statistics of `renorm`, as Keras 3.15 does."""
-        stddev = ops.sqrt(batch.variance + self.epsilon)
-        mean_kept = self._spread(self.renorm_mean, batch.pivot.dtype)
-        # Its initial value may be 0.
-        stddev_kept = ops.maximum(
-            self._spread(self.renorm_stddev, batch.pivot.dtype), self.epsilon**0.5
-        )
-        r, d = renorm_correction(
-            batch, stddev, mean_kept, stddev_kept, self._limits(known, stddev.dtype)
-        )
-
+        if not self.renorm:
+            self._move(self.moving_variance, batch.variance, self.momentum, known)
+            return
+        stddev = self._stddev(batch)
         self._move(self.renorm_mean, batch.mean, self.renorm_momentum, known)
         self._move(self.renorm_stddev, stddev, self.renorm_momentum, known)
-        self._move(self.moving_mean, batch.mean, self.momentum, known)
         self._move(self.moving_stddev, stddev, self.momentum, known)
         variance = ops.square(self.moving_stddev) - self.epsilon
-        self._move(self.moving_variance, ops.maximum(variance, 0.0), 0.0, known)
-        return compose(standardize(batch, self.epsilon), r, d)
+        self._move(self.moving_variance, ops.relu(variance), 0.0, known)
+        if self.step is not None:
+            self._count_step(known)
 
-    def _limits(self, known: Tensor, dtype: str) -> Limits:
-        """Return the limits at this step, and count it."""
-        given = self.renorm_clipping or {}
-        if not hasattr(self, "step"):
-            return Limits(given.get("rmin"), given.get("rmax"), given.get("dmax"))
-        step = ops.convert_to_tensor(self.step)
+    def _limits(self, dtype: str) -> Limits:
+        """Return the limits at this step."""
+        step = None if self.step is None else ops.convert_to_tensor(self.step)
         now = {
             key: ops.cast(limit(step), dtype) if isinstance(limit, LearningRateSchedule) else limit
-            for key, limit in given.items()
+            for key, limit in (self.renorm_clipping or {}).items()
         }
-        self._count_step(known)
         return Limits(now.get("rmin"), now.get("rmax"), now.get("dmax"))

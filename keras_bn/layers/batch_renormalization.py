@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_bn.core.affine import Affine, compose, standardize
 from keras_bn.core.estimators import Limits, linear_ramp, moving_average, renorm_correction
 from keras_bn.core.moments import Moments
 from keras_bn.layers.batch_statistics import BatchStatistics
@@ -137,16 +136,16 @@ class BatchRenormalization(BatchStatistics):
         missing_step = len(store) == len(self.weights) - 1
         super().load_own_variables({**store, step: np.int32(0)} if missing_step else store)
 
-    def _training_map(self, batch: Moments, known: Tensor) -> Affine:
+    def _correction(self, batch: Moments) -> tuple[Tensor, Tensor]:
         dtype = batch.pivot.dtype
         kept = self._kept_moments(dtype)
-        stddev, stddev_kept = (ops.sqrt(m.variance + self.epsilon) for m in (batch, kept))
         limits = Limits(*(ops.cast(limit, dtype) for limit in self.limits()))
-        r, d = renorm_correction(batch, stddev, kept.mean, stddev_kept, limits)
+        return renorm_correction(batch, self._stddev(batch), kept.mean, self._stddev(kept), limits)
 
-        moved = moving_average(stddev_kept, stddev, self.momentum)
-        variance = ops.maximum(ops.square(moved) - self.epsilon, 0.0)
+    def _update(self, batch: Moments, known: Tensor) -> None:
+        stddev_kept = self._stddev(self._kept_moments(batch.pivot.dtype))
+        stddev = moving_average(stddev_kept, self._stddev(batch), self.momentum)
+        variance = ops.relu(ops.square(stddev) - self.epsilon)
         self._move(self.moving_mean, batch.mean, self.momentum, known)
         self._move(self.moving_variance, variance, 0.0, known)
         self._count_step(known)
-        return compose(standardize(batch, self.epsilon), r, d)

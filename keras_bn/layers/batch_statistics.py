@@ -6,11 +6,11 @@ from typing import Any
 from keras import ops
 
 from keras_bn import kernels
-from keras_bn.core import pooling
-from keras_bn.core.affine import Affine, standardize
+from keras_bn.core.affine import compose, standardize
 from keras_bn.core.dtypes import statistics_dtype
 from keras_bn.core.estimators import moving_average
-from keras_bn.core.moments import Moments, is_known, is_static, or_else
+from keras_bn.core.moments import Moments, is_known, is_static
+from keras_bn.core.pooling import Pooling, reduced_axes
 from keras_bn.layers.base import Normalization
 from keras_bn.types import Shape, Tensor
 
@@ -32,19 +32,26 @@ class BatchStatistics(Normalization):
     ) -> Tensor:
         """Return the normalized input; in training, update what is kept."""
         x, weights = self._prepared(inputs, mask)
-        kept = self._kept_moments(self._statistics_dtype(x))
+        dtype = self._statistics_dtype(x)
+        kept = self._kept_moments(dtype)
         if not (training and self.trainable):
-            return self._applied(x, standardize(kept, self.epsilon))
-        moments = kernels.moments(x, pooling.reduced_axes(len(x.shape), self._kept), weights)
-        self._warn_of_one_element(moments)
-        affine = self._training_map(or_else(moments, kept), is_known(moments))
-        return self._applied(x, affine)
+            stored = compose(standardize(kept, self.epsilon), *self._learned(dtype))
+            return kernels.apply(x, stored, self.compute_dtype)
+        pooling = Pooling(reduced_axes(len(x.shape), self._kept), weights)
+        y, batch = self._normalized(x, pooling, correct=self._correction, kept=kept)
+        self._warn_of_one_element(batch)
+        self._update(batch, is_known(batch))
+        return y
 
-    def _training_map(self, batch: Moments, known: Tensor) -> Affine:
-        """Return the map for a training batch, before gamma and beta; update what is kept.
+    def _correction(self, batch: Moments) -> tuple[Tensor, Tensor] | None:
+        """Return r and d, by which a training batch is corrected; None for 1 and 0."""
+        return None
+
+    def _update(self, batch: Moments, known: Tensor) -> None:
+        """Update what is kept.
 
         Args:
-            batch: The moments of the batch; of an empty one, the kept ones.
+            batch: The moments of the batch.
             known: For each, whether it may be kept: neither empty nor infinite nor NaN.
         """
         raise NotImplementedError
@@ -72,7 +79,11 @@ class BatchStatistics(Normalization):
     def _kept_moments(self, dtype: str) -> Moments:
         """Return the moving statistics as the moments of one element."""
         mean, variance = (self._spread(v, dtype) for v in (self.moving_mean, self.moving_variance))
-        return Moments(1, mean, ops.zeros_like(mean), variance)
+        # A copy: in PyTorch it would be a view, saved for the gradient, of what a later call moves.
+        return Moments(1, ops.copy(mean), ops.zeros_like(mean), variance)
+
+    def _stddev(self, moments: Moments) -> Tensor:
+        return ops.sqrt(moments.variance + self.epsilon)
 
     def _move(self, variable: Any, new: Tensor, momentum: float, known: Tensor) -> None:
         """Move a kept statistic towards its new value, where that is known."""

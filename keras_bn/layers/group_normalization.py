@@ -1,11 +1,12 @@
 """Group normalization."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
-from keras_bn import kernels
-from keras_bn.core import pooling
-from keras_bn.core.affine import standardize
-from keras_bn.core.moments import Moments, merge
+from keras import ops
+
+from keras_bn.core.pooling import Pooling, group_total, reduced_axes, split_groups
 from keras_bn.layers.base import Normalization
 from keras_bn.types import Shape, Tensor
 
@@ -94,7 +95,7 @@ class GroupNormalization(Normalization):
             raise self._invalid(
                 "axis", "an axis other than 0, the batch's", self.axis, input_shape=input_shape
             )
-        if channels is not None and channels % self._groups_of(channels):
+        if channels is not None and self.groups != -1 and channels % self.groups:
             raise self._invalid(
                 "groups",
                 "a divisor of the number of channels",
@@ -107,24 +108,25 @@ class GroupNormalization(Normalization):
     def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the normalized input."""
         x, weights = self._prepared(inputs, mask)
-        return self._applied(x, standardize(self._moments(x, weights), self.epsilon))
-
-    def _groups_of(self, channels: int) -> int:
-        return channels if self.groups == -1 else self.groups
-
-    def _moments(self, x: Tensor, weights: Tensor | None) -> Moments:
-        """Return the moments of each sample's groups, once for each of their channels."""
         (axis,) = self._kept
-        channels = x.shape[axis]
-        space = pooling.reduced_axes(len(x.shape), (0, axis))
-        if self.groups == -1:
-            return kernels.moments(x, space, weights)
-        if space:
-            # Splitting the channels of an image would cost more than all sums together.
-            total = pooling.group_total(axis, channels, self.groups)
-            return merge(kernels.moments(x, space, weights), total)
-        grouped = pooling.split_groups(x, axis, self.groups)
-        if weights is not None:
-            weights = pooling.split_groups(weights, axis, self.groups)
-        moments = kernels.moments(grouped, (axis + 1,), weights)
-        return moments.map(lambda array: pooling.join_groups(array, axis, channels))
+        pooling = Pooling(
+            reduced_axes(len(x.shape), (0, axis)), weights, self._total(x.shape[axis])
+        )
+        if self.groups == -1 or pooling.axes:
+            return self._normalized(x, pooling)[0]
+        return self._normalized_without_space(x, weights)
+
+    def _total(self, channels: int) -> Callable[[Tensor], Tensor] | None:
+        """Return the sum over the channels of a group; None where each is a group.
+
+        The channels of an image are not split: that would cost more than all sums together.
+        """
+        (axis,) = self._kept
+        return None if self.groups == -1 else group_total(axis, channels, self.groups)
+
+    def _normalized_without_space(self, x: Tensor, weights: Tensor | None) -> Tensor:
+        """Normalize an input of rank 2, whose groups lie side by side."""
+        split = functools.partial(split_groups, axis=1, groups=self.groups)
+        pooling = Pooling((2,), None if weights is None else split(weights))
+        y, _ = self._normalized(split(x), pooling, split)
+        return ops.reshape(y, ops.shape(x))
