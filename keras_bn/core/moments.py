@@ -13,6 +13,8 @@ References:
 from collections.abc import Callable
 from typing import NamedTuple
 
+import keras
+import numpy as np
 from keras import ops
 
 from keras_bn.types import Tensor
@@ -72,6 +74,20 @@ def or_else(moments: Moments, other: Moments) -> Moments:
     return Moments(positive(moments.count), *parts)
 
 
+def settled(value: Tensor) -> Tensor:
+    """Return a value that is the same number wherever it is used.
+
+    XLA computes a value again for each use, and differently: in x - sum·(1/n), as one fused
+    multiply-add, sum·(1/n) is not rounded. Then the formulas mean two pivots, a unit in the last
+    place apart, and at κ = 1e4 the output is off by 1e-3. A clip at the largest numbers stands
+    between: it changes nothing that is finite, and no compiler takes it away.
+    """
+    if keras.backend.backend() not in ("tensorflow", "jax"):
+        return value
+    largest = float(np.finfo(keras.backend.standardize_dtype(value.dtype)).max)
+    return ops.clip(value, -largest, largest)
+
+
 def merge(parts: Moments, total: Callable[[Tensor], Tensor]) -> Moments:
     """Merge the moments of disjoint sets, exactly, in any order and of any sizes.
 
@@ -88,7 +104,9 @@ def merge(parts: Moments, total: Callable[[Tensor], Tensor]) -> Moments:
     """
     counts = parts.count * ops.ones_like(parts.pivot)
     count = total(counts)
-    pivot = ops.stop_gradient(total(counts * parts.pivot) / positive(count))
+    # Divided before the sum, which gives all parts the same number; a division after it need not:
+    # vectorized and scalar divisions round differently (TensorFlow 2.21).
+    pivot = settled(ops.stop_gradient(total(counts / positive(count) * parts.pivot)))
     # An empty part may lie so far off that its distance overflows.
     distance = ops.where(counts > 0, (parts.pivot - pivot) + parts.offset, ops.zeros_like(pivot))
     offset = total(counts * distance) / positive(count)

@@ -19,7 +19,9 @@ def moments(x: Tensor, axes: tuple[int, ...], weights: Tensor | None = None) -> 
     x = ops.cast(x, statistics_dtype(standardize_dtype(x.dtype)))
 
     def total(values: Tensor) -> Tensor:
-        return ops.sum(values, axis=axes, keepdims=True)
+        # In float64: NumPy adds the rows of a column one by one.
+        sums = ops.sum(ops.cast(values, "float64"), axis=axes, keepdims=True)
+        return ops.cast(sums, values.dtype)
 
     if weights is None:
         count = math.prod(x.shape[axis] for axis in axes)

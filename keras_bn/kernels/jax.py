@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from keras_bn.core.affine import Affine
 from keras_bn.core.dtypes import statistics_dtype
-from keras_bn.core.moments import Moments, positive
+from keras_bn.core.moments import Moments, positive, settled
 from keras_bn.types import Tensor
 
 
@@ -35,7 +35,7 @@ def _moments(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return pivot, offset and m2, in two passes over `x`."""
     zero = jnp.zeros((), statistics_dtype(str(x.dtype)))
-    pivot = _total(_masked(x - zero, weights), weights, axes) / count
+    pivot = settled(_total(_masked(x - zero, weights), weights, axes) / count)
     deviation = _masked(x - pivot, weights)
     first = _total(deviation, weights, axes)
     offset = first / count

@@ -12,12 +12,12 @@ import tensorflow as tf
 
 from keras_bn.core.affine import Affine
 from keras_bn.core.dtypes import statistics_dtype
-from keras_bn.core.moments import Moments, positive
+from keras_bn.core.moments import Moments, positive, settled
 from keras_bn.types import Tensor
 
 # Up to this many terms are added one by one: the error is about a third of the root of their
 # number, in units in the last place.
-_BLOCK = 128
+_BLOCK = 32
 
 
 def moments(x: Tensor, axes: tuple[int, ...], weights: Tensor | None = None) -> Moments:
@@ -33,7 +33,7 @@ def moments(x: Tensor, axes: tuple[int, ...], weights: Tensor | None = None) -> 
     @tf.custom_gradient
     def two_passes(x: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Any]:
         wide = tf.cast(x, dtype)
-        pivot = block_sum(_weighted(_masked(wide, weights), weights), axes) / divisor
+        pivot = settled(block_sum(_weighted(_masked(wide, weights), weights), axes) / divisor)
         deviation = _masked(wide - pivot, weights)
         first = block_sum(_weighted(deviation, weights), axes)
         offset = first / divisor
@@ -77,7 +77,8 @@ def block_sum(x: Tensor, axes: tuple[int, ...]) -> Tensor:
 
     @tf.custom_gradient
     def total(x: Tensor) -> tuple[Tensor, Any]:
-        sums = tf.cast(_sum_blocks(x, axes), tf.float64)
+        # Settled, because XLA would merge the two sums where both are in float64.
+        sums = tf.cast(settled(_sum_blocks(x, axes)), tf.float64)
         sums = tf.cast(tf.reduce_sum(sums, axes, keepdims=True), x.dtype)
         return sums, lambda d_sums: tf.broadcast_to(d_sums, tf.shape(x))
 

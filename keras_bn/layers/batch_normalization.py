@@ -71,7 +71,7 @@ class BatchNormalization(BatchStatistics):
         TypeError: An option of the wrong kind.
 
     Example:
-        >>> import numpy as np, keras_bn
+        >>> import numpy as np, keras, keras_bn
         >>> x = np.array([[1.0, 10.0], [3.0, 30.0]], "float32")
         >>> y = keras_bn.BatchNormalization(epsilon=1e-3)(x, training=True)
         >>> expected = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-3)
