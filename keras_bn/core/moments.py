@@ -79,13 +79,13 @@ def settled(value: Tensor) -> Tensor:
 
     XLA computes a value again for each use, and differently: in x - sum·(1/n), as one fused
     multiply-add, sum·(1/n) is not rounded. Then the formulas mean two pivots, a unit in the last
-    place apart, and at κ = 1e4 the output is off by 1e-3. A clip at the largest numbers stands
-    between: it changes nothing that is finite, and no compiler takes it away.
+    place apart, and at κ = 1e4 the output is off by 1e-3. A clip of finite numbers at the largest
+    ones stands between: it changes nothing, and no compiler takes it away.
     """
     if keras.backend.backend() not in ("tensorflow", "jax"):
         return value
     largest = float(np.finfo(keras.backend.standardize_dtype(value.dtype)).max)
-    return ops.clip(value, -largest, largest)
+    return ops.where(ops.isfinite(value), ops.clip(value, -largest, largest), value)
 
 
 def merge(parts: Moments, total: Callable[[Tensor], Tensor]) -> Moments:

@@ -6,7 +6,7 @@ The gradient is the backend's own. Used where there is no hand-written file: Num
 import math
 
 from keras import ops
-from keras.backend import standardize_dtype
+from keras.backend import backend, standardize_dtype
 
 from keras_bn.core.affine import Affine
 from keras_bn.core.dtypes import statistics_dtype
@@ -19,9 +19,10 @@ def moments(x: Tensor, axes: tuple[int, ...], weights: Tensor | None = None) -> 
     x = ops.cast(x, statistics_dtype(standardize_dtype(x.dtype)))
 
     def total(values: Tensor) -> Tensor:
-        # In float64: NumPy adds the rows of a column one by one.
-        sums = ops.sum(ops.cast(values, "float64"), axis=axes, keepdims=True)
-        return ops.cast(sums, values.dtype)
+        # In float64, because NumPy adds the rows of a column one by one; JAX has none by default
+        # and needs none, since XLA sums in blocks.
+        wide = values if backend() == "jax" else ops.cast(values, "float64")
+        return ops.cast(ops.sum(wide, axis=axes, keepdims=True), values.dtype)
 
     if weights is None:
         count = math.prod(x.shape[axis] for axis in axes)

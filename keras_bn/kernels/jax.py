@@ -17,6 +17,9 @@ from keras_bn.core.dtypes import statistics_dtype
 from keras_bn.core.moments import Moments, positive, settled
 from keras_bn.types import Tensor
 
+# XLA sums in blocks where an array has more elements than this, or an axis is as long as that.
+_SMALL, _LONG = 4096, 32
+
 
 def moments(x: Tensor, axes: tuple[int, ...], weights: Tensor | None = None) -> Moments:
     """Return the moments of `x` over `axes`; see `keras_bn.kernels`."""
@@ -39,7 +42,6 @@ def _moments(
     deviation = _masked(x - pivot, weights)
     first = _total(deviation, weights, axes)
     offset = first / count
-    # XLA sums in blocks (a tree), so half a million elements cost no digits.
     second = _total(jnp.square(deviation), weights, axes)
     return pivot, offset, jnp.maximum(second - first * offset, zero)
 
@@ -51,8 +53,9 @@ def _moments_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> tuple[An
     pivot, offset, m2 = _moments(axes, x, weights, count)
     dx = _masked(tangents[0].astype(pivot.dtype), weights)
     deviation = _masked((x - pivot) - offset, weights)
-    d_mean = _total(dx, weights, axes) / count
-    d_m2 = 2.0 * _total(deviation * dx, weights, axes)
+    # Plain sums: reverse mode is their transpose, so they must be linear.
+    d_mean = jnp.sum(_weighted(dx, weights), axes, keepdims=True) / count
+    d_m2 = 2.0 * jnp.sum(_weighted(deviation * dx, weights), axes, keepdims=True)
     return (pivot, offset, m2), (jnp.zeros_like(pivot), d_mean, d_m2)
 
 
@@ -61,9 +64,22 @@ def _masked(values: Tensor, weights: Tensor | None) -> Tensor:
     return values if weights is None else jnp.where(weights > 0, values, 0)
 
 
+def _weighted(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Multiply by the weights."""
+    return values if weights is None else values * weights
+
+
 def _total(values: Tensor, weights: Tensor | None, axes: tuple[int, ...]) -> Tensor:
     """Sum over `axes`, weighted, axes kept."""
-    return jnp.sum(values if weights is None else values * weights, axes, keepdims=True)
+    # XLA sums in blocks (a tree), so half a million elements cost no digits; but in an array of up
+    # to 4096 elements whose axes are all shorter than 32 it adds one by one (jax 0.10, CPU). There
+    # one axis goes after the other, each settled, because XLA would make one sum of them again.
+    values = _weighted(values, weights)
+    if values.size > _SMALL or any(values.shape[axis] >= _LONG for axis in axes):
+        return jnp.sum(values, axes, keepdims=True)
+    for axis in axes:
+        values = settled(jnp.sum(values, axis, keepdims=True))
+    return values
 
 
 def apply(x: Tensor, affine: Affine, dtype: str) -> Tensor:

@@ -77,8 +77,9 @@ def block_sum(x: Tensor, axes: tuple[int, ...]) -> Tensor:
 
     @tf.custom_gradient
     def total(x: Tensor) -> tuple[Tensor, Any]:
-        # Settled, because XLA would merge the two sums where both are in float64.
-        sums = tf.cast(settled(_sum_blocks(x, axes)), tf.float64)
+        sums = _sum_blocks(x, axes)
+        # XLA would merge the two sums where both are in float64.
+        sums = settled(sums) if x.dtype == tf.float64 else tf.cast(sums, tf.float64)
         sums = tf.cast(tf.reduce_sum(sums, axes, keepdims=True), x.dtype)
         return sums, lambda d_sums: tf.broadcast_to(d_sums, tf.shape(x))
 

@@ -123,13 +123,28 @@ def _sum(values: Tensor, axes: Axes, dtype: torch.dtype) -> Tensor:
     if not axes:
         return values.to(dtype)
     if not torch.compiler.is_compiling() or values.device.type != "cpu":
-        return values.sum(axes, keepdim=True, dtype=dtype)
+        return _sum_long(values, axes, dtype)
     # torch 2.13: inductor's loops on the CPU add one by one (48 units in the last place for 4096
     # elements) where eager kernels sum in blocks. float64 is fused and costs no copy.
     if dtype == torch.float64:
         total: Tensor = torch.ops.keras_bn.eager_sum(values, axes)
         return total
     return values.sum(axes, keepdim=True, dtype=torch.float64).to(dtype)
+
+
+def _sum_long(values: Tensor, axes: Axes, dtype: torch.dtype) -> Tensor:
+    """Sum by the eager kernel; along an axis of many thousands, in blocks, and those in float64."""
+    # The kernel sums in blocks itself (torch 2.13), but in so long ones that what stands beside an
+    # outlier is lost.
+    longest = max(axes, key=lambda axis: values.shape[axis])
+    size = values.shape[longest]
+    block = next((b for b in range(1024, 255, -1) if size > 8192 and size % b == 0), None)
+    if block is None:
+        return values.sum(axes, keepdim=True, dtype=dtype)
+    inner = [axis + (axis > longest) for axis in axes if axis != longest] + [longest + 1]
+    split = values.unflatten(longest, (size // block, block))
+    blocks = split.sum(inner, keepdim=True, dtype=dtype).squeeze(longest + 1)
+    return blocks.sum(longest, keepdim=True, dtype=torch.float64).to(dtype)
 
 
 @torch.library.custom_op("keras_bn::eager_sum", mutates_args=())

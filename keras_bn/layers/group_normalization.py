@@ -86,6 +86,8 @@ class GroupNormalization(Normalization):
         **kwargs: Any,
     ) -> None:
         super().__init__(locals(), **kwargs)
+        if not isinstance(self.axis, int):
+            raise self._invalid("axis", "an integer", axis, kind=TypeError)
 
     def build(self, input_shape: Shape) -> None:
         """Create gamma and beta."""

@@ -3,7 +3,7 @@
 import math
 import numbers
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
@@ -43,16 +43,25 @@ def _flag(layer: str, name: str, value: Any) -> bool:
 
 
 def _integer(layer: str, name: str, expected: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    (number,) = _integers(layer, name, expected, value, [value])
+    return number
+
+
+def _integers(
+    layer: str, name: str, expected: str, value: Any, items: Iterable[Any]
+) -> tuple[int, ...]:
+    """Return the items of an option's value as integers."""
+    items = tuple(items)
+    if any(isinstance(item, bool) or not hasattr(item, "__index__") for item in items):
         raise invalid(layer, name, expected, value, kind=TypeError)
-    return operator.index(value)
+    return tuple(operator.index(item) for item in items)
 
 
 def _axis(layer: str, name: str, value: Any) -> int | tuple[int, ...]:
     expected = "an integer, or a tuple of different integers"
     if not isinstance(value, list | tuple):
         return _integer(layer, name, expected, value)
-    axes = tuple(_integer(layer, name, expected, axis) for axis in value)
+    axes = _integers(layer, name, expected, value, value)
     if not axes or len(set(axes)) < len(axes):
         raise invalid(layer, name, expected, value, "Name each axis that is kept once.")
     return axes[0] if len(axes) == 1 else axes
@@ -72,7 +81,7 @@ def _steps(layer: str, name: str, value: Any) -> tuple[int, int] | None:
         return None
     if not isinstance(value, list | tuple):
         raise invalid(layer, name, expected, value, kind=TypeError)
-    steps = tuple(_integer(layer, name, expected, step) for step in value)
+    steps = _integers(layer, name, expected, value, value)
     if len(steps) != 2 or not 0 <= steps[0] <= steps[1]:
         raise invalid(layer, name, expected, value)
     return steps[0], steps[1]

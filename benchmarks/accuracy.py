@@ -1,0 +1,200 @@
+"""Measure how exact the layers are, beside Keras' own and beside the contract.
+
+    python benchmarks/accuracy.py                                the backend of KERAS_BACKEND
+    python benchmarks/accuracy.py --all                          all three, a process for each
+    python benchmarks/accuracy.py --all --write docs/numerics.md put the tables between the marks
+
+The variance is what one training step at momentum 0 leaves in `moving_variance`; its error is
+relative to the float64 reference. The error of the output is relative to 1 + |y|. Both are the
+largest of all channels and elements. u is 2^-24, κ is |mean| / standard deviation.
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import keras
+import numpy as np
+
+import keras_bn
+from keras_bn.kernels import reference
+
+BACKENDS = ("tensorflow", "jax", "torch")
+MARKS = ("<!-- accuracy: begin -->", "<!-- accuracy: end -->")
+EPSILON = 1e-3
+U = 2.0**-24
+
+# The name, the shape (channels last), and κ at standard deviation 1.
+DATA = [(f"κ = {kappa:g}", (16, 32, 32, 8), kappa) for kappa in (0, 100, 1000, 10000, 100000)]
+DATA += [(f"κ = {kappa:g}, 524288 rows", (524288, 8), kappa) for kappa in (0, 1000)]
+HEAD = ("mode", "data", "variance: ours", "variance: Keras", "bound")
+HEAD += ("BN y: ours", "BN y: Keras", "bound", "GN y: ours", "GN y: Keras")
+
+
+def main() -> None:
+    """Measure, and print or write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--all", action="store_true", help="all backends, a process for each")
+    parser.add_argument("--markdown", action="store_true", help="print a table in Markdown")
+    parser.add_argument("--write", type=Path, help="replace the tables in this file")
+    options = parser.parse_args()
+    if not options.all and options.write is None:
+        print(heading(), "", table(rows(), options.markdown), sep="\n")
+        return
+    markdown = options.markdown or options.write is not None
+    names = BACKENDS if options.all else (keras.backend.backend(),)
+    found = "\n\n".join(measured(name, markdown) for name in names)
+    if options.write is None:
+        print(found)
+    else:
+        replace(options.write, found)
+
+
+def measured(backend: str, markdown: bool) -> str:
+    """Return what a process of its own prints for a backend."""
+    command = [sys.executable, __file__, *(["--markdown"] if markdown else [])]
+    environment = os.environ | {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout.strip()
+
+
+def replace(path: Path, text: str) -> None:
+    """Put the text between the marks of a file."""
+    before, rest = path.read_text(encoding="utf-8").split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    path.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}", encoding="utf-8")
+
+
+def heading() -> str:
+    """Name the backend, the versions and the processor."""
+    name = keras.backend.backend()
+    return f"### {name} {version(name)}, Keras {version('keras')}, {processor()}"
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def table(body: Iterator[tuple[str, ...]], markdown: bool) -> str:
+    """Return the rows under their head, in Markdown or in columns."""
+    lines = [HEAD, *body]
+    if markdown:
+        lines.insert(1, ("---",) * len(HEAD))
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
+
+
+def rows() -> Iterator[tuple[str, ...]]:
+    """Measure each mode on all data."""
+    for mode, run in modes().items():
+        for name, shape, kappa in DATA:
+            x = np.random.default_rng(0).normal(kappa, 1, shape).astype("float32")
+            errors = [f"{error:.0e}" for error in measure(run, x)]
+            bounds = [f"{8 * U * (1 + size):.0e}" for size in (kappa**2 * U, kappa)]
+            yield mode, name, *errors[:2], bounds[0], *errors[2:4], bounds[1], *errors[4:]
+
+
+def measure(run: Callable, x: np.ndarray) -> list[float]:
+    """Return the errors of both variances, both BN outputs and both GN outputs, ours first."""
+    pooled = tuple(range(x.ndim - 1))
+    variance = np.ravel(reference.moments(x, pooled).variance)
+    y = reference.normalize(x, pooled, epsilon=EPSILON)
+    batch, group = [], []
+    for library in (keras_bn, keras.layers):
+        layer = library.BatchNormalization(momentum=0.0, epsilon=EPSILON)
+        batch.append(run(layer, x, training=True))
+        group.append(run(library.GroupNormalization(groups=2, epsilon=EPSILON), x))
+    variances = [np.max(np.abs(found[1] / variance - 1)) for found in batch]
+    outputs = [np.max(np.abs(found[0] - y) / (1 + np.abs(y))) for found in batch]
+    y = grouped(x)
+    return variances + outputs + [np.max(np.abs(z - y) / (1 + np.abs(y))) for z, _ in group]
+
+
+def grouped(x: np.ndarray) -> np.ndarray:
+    """Return the exact output of group normalization in two groups."""
+    split = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
+    pooled = (*range(1, x.ndim - 1), x.ndim)
+    return reference.normalize(split, pooled, epsilon=EPSILON).reshape(x.shape)
+
+
+def modes() -> dict[str, Callable]:
+    """Return, for the active backend, a function for each mode that runs a layer on an array."""
+    return {
+        "tensorflow": {"eager": eager, "graph": tf_graph, "XLA": tf_xla},
+        "jax": {"eager": eager, "jit": jax_jit},
+        "torch": {"eager": eager, "compile": torch_compile},
+    }[keras.backend.backend()]
+
+
+def eager(layer: Any, x: np.ndarray, **options: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the output, and what the layer now keeps as its variance."""
+    return result(layer, layer(keras.ops.convert_to_tensor(x), **options))
+
+
+def tf_graph(layer: Any, x: np.ndarray, *, xla: bool = False, **options: Any) -> Any:
+    """Run the layer in a `tf.function`."""
+    import tensorflow as tf
+
+    tf.get_logger().setLevel("ERROR")  # it warns of one function per layer
+    layer.build(x.shape)
+    function = tf.function(lambda x: layer(x, **options), jit_compile=xla)
+    return result(layer, function(tf.convert_to_tensor(x)))
+
+
+def tf_xla(layer: Any, x: np.ndarray, **options: Any) -> Any:
+    """Run the layer in a `tf.function` compiled by XLA."""
+    return tf_graph(layer, x, xla=True, **options)
+
+
+def jax_jit(layer: Any, x: np.ndarray, **options: Any) -> Any:
+    """Run the layer, stateless, under `jax.jit`."""
+    import jax
+
+    layer.build(x.shape)
+
+    def function(trainable: Any, kept: Any, x: Any) -> Any:
+        return layer.stateless_call(trainable, kept, x, **options)
+
+    values = (
+        [v.value for v in vs] for vs in (layer.trainable_variables, layer.non_trainable_variables)
+    )
+    y, kept = jax.jit(function)(*values, x)
+    for variable, value in zip(layer.non_trainable_variables, kept, strict=True):
+        variable.assign(value)
+    return result(layer, y)
+
+
+def torch_compile(layer: Any, x: np.ndarray, **options: Any) -> Any:
+    """Run the layer under `torch.compile`."""
+    import torch
+
+    layer.build(x.shape)
+    torch.compiler.reset()
+    function = torch.compile(lambda x: layer(x, **options))
+    return result(layer, function(torch.from_numpy(x)))
+
+
+def result(layer: Any, y: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the output and the kept variance in float64."""
+    kept = getattr(layer, "moving_variance", None)
+    arrays = (None if a is None else keras.ops.convert_to_numpy(a) for a in (y, kept))
+    return tuple(None if array is None else array.astype("float64") for array in arrays)
+
+
+if __name__ == "__main__":
+    main()

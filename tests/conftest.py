@@ -1,0 +1,150 @@
+"""One backend per process, chosen by KERAS_BACKEND; every test starts from the same state."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from tests.oracle import Arrays, weights_by_name
+
+BACKEND = keras.backend.backend()
+
+
+# torch 2.13: what torch.compile itself does when it traces a model.
+WARNINGS_OF_TORCH = [
+    "ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning",
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning",
+]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in WARNINGS_OF_TORCH:
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(autouse=True)
+def fresh_state() -> Iterator[None]:
+    """Seed, number layers from 0, and take back what a test does to the dtype policy."""
+    keras.utils.set_random_seed(1)
+    keras.utils.clear_session(free_memory=False)
+    policy = keras.config.dtype_policy()
+    yield
+    keras.config.set_dtype_policy(policy)
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Let JAX compute in float64; the other backends always can."""
+    if BACKEND != "jax":
+        yield
+        return
+    import jax
+
+    with jax.enable_x64(True):
+        yield
+
+
+class Result(NamedTuple):
+    """The output, the gradients of sum(dy * y), and the weights after the call, by name."""
+
+    y: np.ndarray
+    dx: np.ndarray | None
+    gradients: Arrays
+    state: Arrays
+
+
+@pytest.fixture
+def run() -> Callable[..., Result]:
+    """Return `run(layer, x, dy=None, how=..., **call)`, a call with its gradients.
+
+    `how` is "eager", "graph" (TensorFlow) or "compiled" (XLA, jax.jit, torch.compile).
+    """
+    return _run
+
+
+# Eager JAX compiles each operation for each shape by itself: ten times as slow here.
+USUAL = "compiled" if BACKEND == "jax" else "eager"
+
+
+def _run(layer: Any, x: Any, dy: Any = None, how: str = USUAL, **call: Any) -> Result:
+    call = {key: as_tensor(value) for key, value in call.items()}
+    forward = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[BACKEND]
+    y, dx, gradients = forward(layer, as_tensor(x), as_tensor(dy), how, call)
+    names = [variable.name for variable in layer.trainable_variables]
+    found = {name: as_numpy(g) for name, g in zip(names, gradients, strict=True)}
+    return Result(as_numpy(y), as_numpy(dx), found, weights_by_name(layer))
+
+
+def as_tensor(value: Any) -> Any:
+    return ops.convert_to_tensor(value) if isinstance(value, np.ndarray) else value
+
+
+def as_numpy(value: Any) -> Any:
+    """Return a NumPy array; bfloat16, which NumPy lacks, as float32."""
+    if value is None:
+        return None
+    half = keras.backend.standardize_dtype(value.dtype) == "bfloat16"
+    return np.array(ops.convert_to_numpy(ops.cast(value, "float32") if half else value))
+
+
+def _tensorflow(layer, x, dy, how, call):
+    import tensorflow as tf
+
+    def forward(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, **call)
+        if dy is None:
+            return y, None, [None] * len(layer.trainable_variables)
+        variables = [variable.value for variable in layer.trainable_variables]
+        dx, *gradients = tape.gradient(y, [x, *variables], dy)
+        return y, dx, gradients
+
+    if how != "eager":
+        forward = tf.function(forward, jit_compile=how == "compiled")
+    return forward(x)
+
+
+def _jax(layer, x, dy, how, call):
+    import jax
+
+    def forward(x, trainable):
+        # As `stateless_call`, but through `__call__`, which may cast the input.
+        mapping = list(zip(layer.trainable_variables, trainable, strict=True))
+        with keras.StatelessScope(mapping) as scope:
+            y = layer(x, **call)
+        values = [(scope.get_current_value(v), v) for v in layer.non_trainable_variables]
+        return y, [v.value if value is None else value for value, v in values]
+
+    def step(x, trainable):
+        if dy is None:
+            return *forward(x, trainable), (None, [None] * len(trainable))
+        y, pullback, state = jax.vjp(forward, x, trainable, has_aux=True)
+        return y, state, pullback(dy)
+
+    step = step if how == "eager" else jax.jit(step)
+    y, state, (dx, gradients) = step(x, [v.value for v in layer.trainable_variables])
+    for variable, value in zip(layer.non_trainable_variables, state, strict=True):
+        variable.assign(value)
+    return y, dx, gradients
+
+
+def _torch(layer, x, dy, how, call):
+    import torch
+
+    def forward(x):
+        return layer(x, **call)
+
+    if how != "eager":
+        forward = torch.compile(forward, fullgraph=True)
+    if dy is None:
+        return forward(x), None, [None] * len(layer.trainable_variables)
+    x = x.detach().requires_grad_(True)
+    y = forward(x)
+    variables = [variable.value for variable in layer.trainable_variables]
+    dx, *gradients = torch.autograd.grad(y, [x, *variables], dy)
+    return y, dx, gradients

@@ -1,0 +1,165 @@
+"""What is kept between steps: moving averages, ramps, and renormalization's correction."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_bn.core.estimators import (
+    Limits,
+    at_least,
+    linear_ramp,
+    moving_average,
+    renorm_correction,
+)
+from keras_bn.core.moments import Moments
+from tests.kernels import hard, modes
+
+U = hard.unit_roundoff("float32")
+NONE = Limits(None, None, None)
+
+
+def tensors(*values: float, dtype: str = "float32") -> tuple[Any, ...]:
+    return tuple(modes.tensor(np.array([value], dtype)) for value in values)
+
+
+@pytest.mark.parametrize(
+    ("momentum", "expected"), [(0.0, 7.0), (1.0, 3.0), (0.75, 4.0)], ids=["new", "old", "between"]
+)
+def test_momentum_is_the_share_of_the_old_value(momentum, expected):
+    assert modes.to_numpy(moving_average(*tensors(3.0, 7.0), momentum)).tolist() == [expected]
+
+
+def test_a_moving_average_of_a_constant_is_the_constant():
+    value = tensors(0.3)[0]
+    assert modes.to_numpy(moving_average(value, value, 0.99)) == pytest.approx(0.3, rel=2 * U)
+
+
+# The steps between which the value goes from 1 to 3, the step, and the value there.
+RAMPS = {
+    "without steps, at 0": (None, 0, 3.0),
+    "without steps, later": (None, 99, 3.0),
+    "before": ((10, 20), 3, 1.0),
+    "at its beginning": ((10, 20), 10, 1.0),
+    "between": ((10, 20), 15, 2.0),
+    "at its end": ((10, 20), 20, 3.0),
+    "after": ((10, 20), 21, 3.0),
+    "long after": ((10, 20), 2**31 - 1, 3.0),
+    "from 0 on": ((0, 4), 1, 1.5),
+    "a jump, before": ((5, 5), 5, 1.0),
+    "a jump, after": ((5, 5), 6, 3.0),
+    "exact at a large step": ((2**30, 2**30 + 2), 2**30 + 1, 2.0),
+}
+
+
+@pytest.mark.parametrize(("steps", "step", "expected"), RAMPS.values(), ids=RAMPS)
+def test_a_ramp_is_linear_between_its_steps(steps, step, expected):
+    step = ops.convert_to_tensor(step, dtype="int32")
+    found = linear_ramp(step, 1.0, 3.0, steps, "float32")
+    assert ops.convert_to_numpy(found).tolist() == expected
+
+
+@pytest.mark.parametrize("steps", [None, (10, 20)], ids=["constant", "ramp"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_ramp_has_the_dtype_asked_for(steps, dtype):
+    with modes.precision(np.zeros(1, dtype)):
+        found = linear_ramp(ops.convert_to_tensor(15, dtype="int32"), 1.0, 2.0, steps, dtype)
+    assert keras.backend.standardize_dtype(found.dtype) == dtype
+
+
+def test_a_ramp_may_fall():
+    step = ops.convert_to_tensor(15, dtype="int32")
+    assert float(linear_ramp(step, 3.0, 1.0, (10, 20), "float32")) == 2.0
+
+
+@pytest.mark.parametrize("mode", modes.EXTREMES)
+def test_a_ramp_moves_in_a_compiled_function(mode):
+    def ramp(step):
+        return linear_ramp(step, 1.0, 3.0, (10, 20), "float32")
+
+    found = [modes.call(mode, ramp, [np.array(step, "int32")]) for step in (10, 15, 20)]
+    assert found == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("x", "expected"), [(1 / 3, 1 / 3), (0.1, 0.25), (np.inf, np.inf), (np.nan, np.nan)]
+)
+def test_at_least_takes_the_larger_and_keeps_the_dtype(x, expected, dtype):
+    with modes.precision(np.zeros(1, dtype)):
+        found = at_least(tensors(x, dtype=dtype)[0], 0.25)
+    assert keras.backend.standardize_dtype(found.dtype) == dtype
+    rounded = np.array([expected], dtype).astype("float64")
+    assert np.array_equal(modes.to_numpy(found), rounded, equal_nan=True)
+
+
+def correction(limits: Limits, *, mean: float = 5.0, stddev: float = 3.0) -> tuple[float, float]:
+    """Return r and d of a batch, for a kept mean of 4 and a kept standard deviation of 2."""
+    moments = Moments(8, *tensors(mean - 0.25, 0.25, 8 * stddev**2))
+    found = renorm_correction(moments, *tensors(stddev, 4.0, 2.0), _tensors_of(limits))
+    return tuple(float(part[0]) for part in modes.to_numpy(found))
+
+
+def _tensors_of(limits: Limits) -> Limits:
+    return Limits(*(None if value is None else tensors(value)[0] for value in limits))
+
+
+# r is 1.5 and d 0.5 without limits.
+LIMITS = {
+    "none": (NONE, 1.5, 0.5),
+    "wide": (Limits(0.1, 9.0, 9.0), 1.5, 0.5),
+    "rmax": (Limits(None, 1.25, None), 1.25, 0.5),
+    "rmin": (Limits(2.0, None, None), 2.0, 0.5),
+    "dmax": (Limits(None, None, 0.25), 1.5, 0.25),
+    "plain batch normalization": (Limits(1.0, 1.0, 0.0), 1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize(("limits", "r", "d"), LIMITS.values(), ids=LIMITS)
+def test_r_and_d_stay_within_their_limits(limits, r, d):
+    assert correction(limits) == (r, d)
+
+
+def test_d_is_limited_on_both_sides():
+    assert correction(Limits(None, None, 0.25), mean=3.0) == (1.5, -0.25)
+
+
+def test_without_limits_the_corrected_values_are_standardized_by_what_is_kept():
+    r, d = correction(NONE, mean=-1.0, stddev=0.5)
+    x = 1.7
+    assert (x - -1.0) / 0.5 * r + d == pytest.approx((x - 4.0) / 2.0)
+
+
+def test_d_of_a_mean_far_from_0_keeps_the_offset():
+    moments = Moments(8, *tensors(1e7, 0.25, 8.0))
+    _, d = renorm_correction(moments, *tensors(1.0, 1e7, 2.0), NONE)
+    assert modes.to_numpy(d).tolist() == [0.125]
+
+
+def test_an_empty_batch_is_not_corrected():
+    moments = Moments(tensors(0.0)[0], *tensors(0.0, 0.0, 0.0))
+    found = renorm_correction(moments, *tensors(0.03, 4.0, 2.0), NONE)
+    assert [float(part[0]) for part in modes.to_numpy(found)] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("limits", [NONE, Limits(0.5, 2.0, 3.0)], ids=["none", "limits"])
+def test_the_correction_of_float64_is_float64(limits):
+    with modes.precision(np.zeros(1)):
+        moments = Moments(8, *tensors(1 / 3, 0.0, 8.0, dtype="float64"))
+        kept = tensors(1.1, 0.1, 0.9, dtype="float64")
+        r, d = renorm_correction(moments, *kept, limits)
+        assert modes.to_numpy(r) == pytest.approx(1.1 / 0.9, rel=1e-15)
+        assert modes.to_numpy(d) == pytest.approx((1 / 3 - 0.1) / 0.9, rel=1e-15)
+
+
+@pytest.mark.skipif(not modes.DIFFERENTIABLE, reason="this backend has no gradients")
+def test_r_and_d_carry_no_gradient():
+    def function(offset, stddev):
+        moments = Moments(8, modes.tensor(np.ones(1, "float32")), offset, stddev * stddev * 8)
+        r, d = renorm_correction(moments, stddev, *tensors(4.0, 2.0), NONE)
+        return ops.sum(offset * r + stddev * d)
+
+    found = modes.gradients("eager", function, [np.ones(1, "float32"), 3 * np.ones(1, "float32")])
+    assert [part.tolist() for part in found] == [[1.5], [-1.0]]

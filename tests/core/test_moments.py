@@ -1,0 +1,183 @@
+"""The laws of moments: parts that are merged are the whole."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_bn import kernels
+from keras_bn.core.moments import Moments, is_known, merge, or_else
+from keras_bn.kernels import reference
+from tests.kernels import hard, modes
+
+U = hard.unit_roundoff("float32")
+ROWS = 600
+KINDS = hard.KINDS | hard.OUTLIERS | hard.COARSE
+
+SPLITS = {
+    "halves": (300, 300),
+    "uneven": (1, 7, 92, 500),
+    "empty parts": (0, 200, 0, 0, 400),
+    "single elements": (1,) * 100 + (500,),
+    "one part": (600,),
+}
+
+
+def data(weighted: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Return one column of hard data per kind, and weights."""
+    x = hard.channels((ROWS, len(KINDS)), 1, kinds=KINDS).astype("float64")
+    rng = np.random.default_rng(5)
+    weights = rng.integers(0, 5, (ROWS, 1)) / 4 if weighted else np.ones((ROWS, 1))
+    return x, weights
+
+
+def parts(x: np.ndarray, weights: np.ndarray, sizes: Any) -> Moments:
+    """Return the moments of the parts, each right to the last place, one part per row."""
+    cuts = np.cumsum(sizes)[:-1]
+    pieces = zip(np.split(x, cuts), np.split(weights, cuts), strict=True)
+    exact = [reference.moments(piece, (0,), w) for piece, w in pieces]
+    mean = np.concatenate([part.mean for part in exact])
+    pivot = mean.astype("float32")
+    counts = np.concatenate([np.broadcast_to(part.count, part.mean.shape) for part in exact])
+    m2 = np.concatenate([part.m2 for part in exact])
+    arrays = (counts, pivot, mean - pivot, m2)
+    return Moments(*(modes.tensor(array.astype("float32")) for array in arrays))
+
+
+def over_rows(array: Any) -> Any:
+    return ops.sum(array, axis=0, keepdims=True)
+
+
+def take(moments: Moments, rows: Any) -> Moments:
+    """Return some of the parts, in the order given."""
+    rows = modes.tensor(np.array(rows, "int32"))
+    return Moments(*(ops.take(part, rows, axis=0) for part in moments))
+
+
+def share(found: Moments, exact: reference.Exact) -> float:
+    """Return the largest share of the bound that count, mean and variance use up."""
+    count, mean, variance = modes.to_numpy((found.count, found.mean, found.variance))
+    return max(
+        hard.share(count - exact.count, U * exact.count),
+        hard.share(mean - exact.mean, U * np.abs(exact.mean) + 8 * U * np.sqrt(exact.variance)),
+        hard.share(variance - exact.variance, hard.variance_bound(exact, U)),
+    )
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
+def test_merged_parts_are_the_whole(sizes, weighted):
+    x, weights = data(weighted)
+    found = merge(parts(x, weights, sizes), over_rows)
+    assert share(found, reference.moments(x, (0,), weights)) <= 1
+
+
+def test_merge_is_commutative():
+    x, weights = data(weighted=True)
+    found = take(parts(x, weights, (1, 7, 92, 500)), [2, 0, 3, 1])
+    assert share(merge(found, over_rows), reference.moments(x, (0,), weights)) <= 1
+
+
+@pytest.mark.parametrize("first", [[0, 1], [1, 2], [0, 2], [1]], ids=str)
+def test_merge_is_associative(first):
+    x, weights = data(weighted=True)
+    three = parts(x, weights, (40, 60, 500))
+    some = merge(take(three, first), over_rows)
+    rest = take(three, [row for row in range(3) if row not in first])
+    joined = Moments(*(ops.concatenate(pair) for pair in zip(some, rest, strict=True)))
+    # Two roundings of m2 where one merge has one.
+    assert share(merge(joined, over_rows), reference.moments(x, (0,), weights)) <= 1
+
+
+def test_merge_of_nothing_but_empty_parts_is_empty():
+    x, _ = data()
+    found = merge(parts(x, np.zeros((ROWS, 1)), (300, 300)), over_rows)
+    zeros = np.zeros((1, len(KINDS)))
+    assert np.array_equal(modes.to_numpy((found.count, found.mean, found.m2)), [zeros] * 3)
+
+
+def test_an_empty_part_changes_nothing_even_where_its_distance_overflows():
+    arrays = ([[3.0], [0.0]], [[1e25], [0.0]], [[0.0], [0.0]], [[5e12], [0.0]])
+    found = merge(Moments(*(modes.tensor(np.array(a, "float32")) for a in arrays)), over_rows)
+    assert modes.to_numpy(found.mean) == pytest.approx(1e25, rel=2 * U)
+    assert modes.to_numpy(found.m2) == pytest.approx(5e12, rel=2 * U)
+
+
+def test_a_count_may_be_a_python_number():
+    x, weights = data()
+    halves = parts(x, weights, (300, 300))._replace(count=300)
+    assert share(merge(halves, over_rows), reference.moments(x, (0,))) <= 1
+
+
+def test_a_nan_in_one_part_is_seen_in_the_whole():
+    x, weights = data()
+    x[17, 0] = np.nan
+    found = merge(parts(x, weights, (300, 300)), over_rows)
+    mean, m2 = modes.to_numpy((found.mean, found.m2))
+    assert np.isnan([mean[0, 0], m2[0, 0]]).all()
+    assert np.isfinite([mean[0, 1:], m2[0, 1:]]).all()
+
+
+@pytest.mark.skipif(not modes.DIFFERENTIABLE, reason="this backend has no gradients")
+@pytest.mark.parametrize("mode", modes.EXTREMES)
+def test_the_gradient_goes_through_a_merge(mode):
+    x = hard.channels((4, 50, 10), 2)
+    a, b = (modes.tensor(np.linspace(*ends, 10, dtype="float32")) for ends in ((1, 3), (-1, 1)))
+
+    def function(x):
+        found = merge(kernels.moments(x, (1,)), over_rows)
+        return ops.sum(a * found.mean + b * found.m2)
+
+    (found,) = modes.gradients(mode, function, [x])
+    exact = reference.moments(x, (0, 1))
+    a, b = modes.to_numpy((a, b))
+    dx = a / exact.count + 2 * b * (x - exact.mean)
+    spread = np.sqrt(exact.variance) + U * np.abs(exact.mean)
+    assert hard.share(found - dx, 8 * U * (np.abs(dx) + np.abs(b) * spread)) <= 1
+
+
+def simple(count: Any, mean: Any, m2: Any) -> Moments:
+    """Return moments of given numbers, half of the mean in the offset."""
+    mean, m2 = (np.array(array, "float32") for array in (mean, m2))
+    count = modes.tensor(np.array(count, "float32")) if isinstance(count, list) else count
+    return Moments(count, *(modes.tensor(array) for array in (mean / 2, mean / 2, m2)))
+
+
+# count, mean, m2, and whether these moments are known.
+KNOWN = {
+    "a set": (3, 2, 5, True),
+    "one element": (1, 2, 0, True),
+    "empty": (0, 0, 0, False),
+    "NaN": (3, np.nan, np.nan, False),
+    "an infinite mean": (3, np.inf, np.nan, False),
+    "an overflow": (3, 2, np.inf, False),
+    "a fraction": (0.25, 2, 5, True),
+}
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["tensor", "number"])
+@pytest.mark.parametrize(("count", "mean", "m2", "known"), KNOWN.values(), ids=KNOWN)
+def test_moments_are_known_if_not_empty_and_finite(count, mean, m2, known, static):
+    moments = simple(count if static else [count], [mean], [m2])
+    assert ops.convert_to_numpy(is_known(moments)).tolist() == [known]
+
+
+def test_empty_sets_give_way_to_others():
+    moments = simple([0, 4], [0, 6], [0, 8])
+    found = or_else(moments, simple(1, [3, 3], [7, 7]))
+    assert np.array_equal(modes.to_numpy(found.mean), [3, 6])
+    assert np.array_equal(modes.to_numpy(found.variance), [7, 2])
+
+
+@pytest.mark.parametrize(("count", "mean"), [(0, 3), (4, 6)])
+def test_a_known_count_decides_before_the_call(count, mean):
+    moments, other = simple(count, [6], [8]), simple(1, [3], [7])
+    found = or_else(moments, other)
+    assert found is (moments if count else other)
+    assert np.array_equal(modes.to_numpy(found.mean), [mean])
+
+
+@pytest.mark.parametrize("count", [0, [0]], ids=["number", "tensor"])
+def test_the_variance_of_an_empty_set_is_0(count):
+    assert modes.to_numpy(simple(count, [0], [0]).variance).tolist() == [0]
