@@ -28,9 +28,9 @@ demo: known-KERAS_BACKEND $(STAMPS)/$(KERAS_BACKEND) $(STAMPS)/examples  ## trai
 test: known-BACKENDS $(SUITE_NEEDS:%=$(STAMPS)/%)  ## run the suite (BACKENDS="jax torch", ARGS="-k moments")
 	@$(BIN)/python tests/run_suite.py --backends="$(BACKENDS)" $(ARGS)
 
-test-oldest:  ## run the suite on the oldest supported Keras, with JAX
-	@$(MAKE) --no-print-directory test VENV=.venv-oldest BACKENDS=jax \
-		SUITE_NEEDS="jax dev examples oldest-keras"
+test-oldest:  ## run the suite on the oldest supported Keras, with PyTorch
+	@$(MAKE) --no-print-directory test VENV=.venv-oldest BACKENDS=torch \
+		SUITE_NEEDS="torch dev examples oldest-keras"
 
 lint: $(STAMPS)/dev  ## ruff and mypy
 	$(BIN)/python -m ruff check
@@ -62,7 +62,7 @@ $(STAMPS)/venv: $(wildcard $(PARTIAL))
 $(STAMPS)/base: requirements/base.txt requirements/constraints.txt pyproject.toml $(STAMPS)/venv
 	$(call install,-r $< && $(PIP) --no-deps --no-build-isolation --editable .)
 
-$(STAMPS)/oldest-keras: $(STAMPS)/base $(STAMPS)/jax $(STAMPS)/dev $(STAMPS)/examples
+$(STAMPS)/oldest-keras: $(STAMPS)/base $(STAMPS)/torch $(STAMPS)/dev $(STAMPS)/examples
 	$(call install,--no-deps keras==$(OLDEST_KERAS))
 
 $(STAMPS)/%: requirements/%.txt requirements/constraints.txt $(STAMPS)/venv | $(STAMPS)/base
