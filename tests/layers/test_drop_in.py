@@ -80,8 +80,14 @@ def test_options_work_by_position():
     assert (layer.axis, layer.momentum, layer.epsilon, layer.center) == (1, 0.9, 1e-5, False)
 
 
-# What Keras before 3.15 lacks.
+# What Keras before 3.15 lacks, and cannot read in a config.
 NEWER = {"renorm": False, "renorm_clipping": None, "renorm_momentum": 0.99}
+HAS_RENORM = "renorm" in dict(options_of(keras.layers.BatchNormalization))
+
+
+def readable(config):
+    """Return the config without what the installed Keras does not know."""
+    return {k: v for k, v in config.items() if HAS_RENORM or k not in NEWER}
 
 
 @every_case
@@ -98,7 +104,7 @@ def test_config_is_keras(case):
 @every_case
 def test_config_makes_the_layer_of_the_other_library(case):
     ours, stock = case.make(name="n"), case.stock(name="n", **case.options)
-    there = case.stock.from_config(ours.get_config())
+    there = case.stock.from_config(readable(ours.get_config()))
     here = case.layer.from_config(stock.get_config())
     assert there.get_config() == stock.get_config()
     assert here.get_config() == {**ours.get_config(), **stock.get_config()}
@@ -221,6 +227,8 @@ DIFFERENCES = [
     Difference("float16", BATCH, "the moving statistics are float16 and stall"),
     Difference("float64", ("*",), "computed in float32", ("jax", "torch")),
 ]
+if keras.layers.GroupNormalization().autocast:  # until Keras 3.12 at least
+    DIFFERENCES.append(Difference("above-65504", ("group",), "the input is cast to float16 first"))
 
 
 def reason_to_differ(situation, case):
@@ -349,6 +357,7 @@ def test_weights_load_from_the_keras_file_of_the_other(case, way, tmp_path):
     assert_same_inference(target, source, case)
 
 
+@pytest.mark.skipif(not HAS_RENORM, reason="Keras before 3.15 does not know all our options")
 @every_case
 def test_keras_file_of_ours_loads_as_keras_layers(case, tmp_path, monkeypatch):
     ours, _ = models(case)

@@ -1,0 +1,178 @@
+"""Faults that the suite must see: each a change of the package's text, and tests that find it."""
+
+from typing import NamedTuple
+
+import keras
+
+BACKEND = keras.backend.backend()
+
+
+class Fault(NamedTuple):
+    """A text in a file of the package, what takes its place, and tests of which one must fail."""
+
+    file: str
+    sound: str
+    faulty: str
+    tests: str
+
+
+# Tests that are quick. When the fuzz draws other cases, a run without the number finds another one.
+FUZZ = "tests/test_fuzz.py::test_layer_agrees_with_the_oracle[{}]"
+CONTRACT = "tests/kernels/test_contract.py -k 'any_kappa and eager-conv-output and not generic'"
+WEIGHTS = "tests/kernels/test_weights.py -k 'under_a_0_does_not and eager and not generic'"
+MOMENTS = "tests/core/test_moments.py -k merged_parts"
+LIMITS = "tests/layers/test_limits.py"
+KERNEL = f"kernels/{BACKEND}.py"
+
+# In each backend's kernels: what is sound, and what is faulty.
+PIVOT = {
+    "tensorflow": "block_sum(_weighted(_masked(wide, weights), weights), axes) / divisor",
+    "jax": "_total(_masked(x - zero, weights), weights, axes) / count",
+    "torch": "_total(_masked(x, weights), weights, axes, dtype) / count",
+}[BACKEND]
+MASKED_GRADIENT = {
+    "tensorflow": (
+        "tf.cast(_masked(_weighted(dx, weights), weights), x.dtype)",
+        "tf.cast(dx, x.dtype)",
+    ),
+    "jax": (
+        "dx = _masked(tangents[0].astype(pivot.dtype), weights)",
+        "weights, dx = None, tangents[0].astype(pivot.dtype)",
+    ),
+    "torch": ("dx = _masked(dx * weights, weights)", "pass"),
+}[BACKEND]
+CENTERED = {
+    "tensorflow": (
+        "(tf.cast(x, scale.dtype) - center) * scale + shift",
+        "tf.cast(x, scale.dtype) * scale + (shift - center * scale)",
+    ),
+    "jax": (
+        "(x - affine.center) * affine.scale + affine.shift",
+        "x * affine.scale + (affine.shift - affine.center * affine.scale)",
+    ),
+    "torch": (
+        "torch.addcmul(shift, x - center, scale)",
+        "(x * scale + (shift - center * scale))",
+    ),
+}[BACKEND]
+MASKED = {
+    "tensorflow": "return values if weights is None else tf.where(weights > 0,"
+    " values, tf.zeros_like(values))",
+    "jax": "return values if weights is None else jnp.where(weights > 0, values, 0)",
+    "torch": "return values if weights is None else torch.where(weights > 0, values, 0)",
+}[BACKEND]
+
+FAULTS = {
+    # The kernels.
+    "variance as a difference of mean squares": Fault(
+        KERNEL, PIVOT, f"0 * {PIVOT}", FUZZ.format(4)
+    ),
+    "mask not applied in the gradient": Fault(KERNEL, *MASKED_GRADIENT, FUZZ.format(18)),
+    "center subtracted after scaling": Fault(KERNEL, *CENTERED, CONTRACT),
+    "what lies under a mask is multiplied by 0": Fault(KERNEL, MASKED, "return values", WEIGHTS),
+    # The mathematics.
+    "unbiased for biased variance": Fault(
+        "core/moments.py",
+        "return self.m2 / positive(self.count)",
+        "return self.m2 / positive(self.count - 1)",
+        FUZZ.format(4),
+    ),
+    "m2 merged without the distance of the means": Fault(
+        "core/moments.py",
+        "total(parts.m2 + counts * ops.square(distance - offset))",
+        "total(parts.m2)",
+        MOMENTS,
+    ),
+    "NaN taken up by the moving statistics": Fault(
+        "core/moments.py",
+        "finite = ops.isfinite(moments.mean) & ops.isfinite(moments.m2)",
+        "finite = ops.isfinite(ops.zeros_like(moments.mean))",
+        LIMITS + " -k 'one_bad_value and batch'",
+    ),
+    "empty batch counts as a step": Fault(
+        "core/moments.py",
+        "return finite if moments.count > 0 else ops.zeros_like(finite)",
+        "return finite",
+        LIMITS + " -k 'empty_batch and batch'",
+    ),
+    "epsilon outside the root": Fault(
+        "core/affine.py",
+        "1.0 / ops.sqrt(moments.variance + epsilon)",
+        "1.0 / (ops.sqrt(moments.variance) + epsilon)",
+        FUZZ.format(3),
+    ),
+    "last digits of the mean dropped": Fault(
+        "core/affine.py",
+        "-moments.offset * scale)",
+        "-0.0 * moments.offset * scale)",
+        FUZZ.format(4),
+    ),
+    "momentum swapped": Fault(
+        "core/estimators.py",
+        "return old * momentum + new * (1.0 - momentum)",
+        "return new * momentum + old * (1.0 - momentum)",
+        FUZZ.format(5),
+    ),
+    "r and d with gradient": Fault(
+        "core/estimators.py",
+        "return ops.stop_gradient(r), ops.stop_gradient(d)",
+        "return r, d",
+        FUZZ.format(4),
+    ),
+    "r upside down": Fault(
+        "core/estimators.py",
+        "    r = stddev / stddev_kept\n",
+        "    r = stddev_kept / stddev\n",
+        FUZZ.format(5),
+    ),
+    "statistics in half precision": Fault(
+        "core/dtypes.py",
+        'return "float64" if "float64" in dtypes else "float32"',
+        "return dtypes[0]",
+        FUZZ.format(15),
+    ),
+    "groups of channels far apart": Fault(
+        "core/pooling.py",
+        "else (groups, shape[axis] // groups)",
+        "else (shape[axis] // groups, groups)",
+        "tests/core/test_pooling.py",
+    ),
+    # The layers.
+    "mask forgotten": Fault(
+        "layers/base.py", "ops.zeros_like(x)), weights", "ops.zeros_like(x)), None", FUZZ.format(3)
+    ),
+    "NaN under a mask reaches the output": Fault(
+        "layers/base.py",
+        "ops.where((weights > 0) | ops.isfinite(x), x, ops.zeros_like(x)), weights",
+        "x, weights",
+        FUZZ.format(3),
+    ),
+    "input cast before its statistics": Fault(
+        "layers/base.py", "autocast=False, **kwargs", "autocast=True, **kwargs", FUZZ.format(4)
+    ),
+    "gamma without gradient": Fault(
+        "layers/base.py",
+        "return Learned(self._spread(self.gamma, dtype),",
+        "gamma = self._spread(self.gamma, dtype)\n"
+        "        return Learned(None if gamma is None else ops.stop_gradient(gamma),",
+        FUZZ.format(6),
+    ),
+    "frozen layer trains": Fault(
+        "layers/batch_statistics.py",
+        "if not (training and self.trainable)",
+        "if not training",
+        "tests/layers/test_conformance.py::test_frozen_layer_is_in_inference[batch-rank-2]",
+    ),
+    "samples pooled by group normalization": Fault(
+        "layers/group_normalization.py", "(0, axis))", "(axis,))", FUZZ.format(6)
+    ),
+    "r_max that never rises": Fault(
+        "layers/batch_renormalization.py", "        self._count_step(known)\n", "", FUZZ.format(18)
+    ),
+    "moving variance below 0": Fault(
+        "layers/batch_normalization.py",
+        "ops.relu(variance)",
+        "variance",
+        FUZZ.format(82),
+    ),
+}

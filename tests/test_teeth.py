@@ -1,0 +1,70 @@
+"""The suite has teeth: planted in a copy of the package, each fault turns it red."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import keras_bn
+from tests.teeth.faults import FAULTS
+
+PACKAGE = Path(keras_bn.__file__).parent
+ROOT = Path(__file__).parents[1]
+SERVER = Path(__file__).parent / "teeth" / "server.py"
+CASES = {"FUZZ_CASES": "90"}
+
+
+@pytest.fixture(scope="module")
+def failures():
+    """Return a function that runs tests of a copy of the package and returns what failed."""
+    process = subprocess.Popen(
+        [sys.executable, SERVER],
+        env=os.environ | CASES,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+    def run(folder, tests):
+        process.stdin.write(json.dumps({"folder": str(folder), "tests": shlex.split(tests)}) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    with process:
+        yield run
+        process.stdin.close()
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """Return a folder with a copy of the package, its tests and its settings."""
+    shutil.copytree(PACKAGE, tmp_path / "keras_bn", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def plant(fault, folder):
+    file = folder / "keras_bn" / fault.file
+    text = file.read_text()
+    assert text.count(fault.sound) == 1, f"not once in {fault.file}: {fault.sound}"
+    file.write_text(text.replace(fault.sound, fault.faulty))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_turns_the_suite_red(name, copy, failures):
+    plant(FAULTS[name], copy)
+    assert failures(copy, FAULTS[name].tests)
+
+
+@pytest.mark.parametrize("tests", sorted({fault.tests for fault in FAULTS.values()}))
+def test_without_a_fault_the_same_tests_are_green(tests, copy, failures):
+    assert failures(copy, tests) == {}
