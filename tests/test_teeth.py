@@ -20,21 +20,26 @@ CASES = {"FUZZ_CASES": "90"}
 
 
 @pytest.fixture(scope="module")
-def failures():
+def failures(tmp_path_factory):
     """Return a function that runs tests of a copy of the package and returns what failed."""
-    process = subprocess.Popen(
-        [sys.executable, SERVER],
-        env=os.environ | CASES,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+    log = tmp_path_factory.mktemp("server") / "log"
+    with open(log, "w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, SERVER],
+            env=os.environ | CASES,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
 
     def run(folder, tests):
-        process.stdin.write(json.dumps({"folder": str(folder), "tests": shlex.split(tests)}) + "\n")
+        request = {"folder": str(folder), "tests": shlex.split(tests)}
+        process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
-        return json.loads(process.stdout.readline())
+        answer = process.stdout.readline()
+        assert answer, log.read_text()[-3000:]
+        return json.loads(answer)
 
     with process:
         yield run

@@ -81,7 +81,8 @@ class BatchRenormalization(BatchStatistics):
     Differences:
         To `keras.layers.BatchNormalization(renorm=True)`: the limits warm up, one pair of
         statistics serves correction and inference, and weights of a plain BatchNormalization load
-        (the step then starts at 0).
+        (the step then starts at 0): with `set_weights`, or from a file that names the layer alike.
+        In files of Sequential and functional models Keras names layers after their class.
 
     References:
         Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized

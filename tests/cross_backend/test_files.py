@@ -90,3 +90,10 @@ def test_saved_statistics_have_moved(saver, folder):
     assert len(moving) == 2 + 2 + 5 + 2
     assert all(((value != 0) & (value != 1)).any() for value in moving.values())
     assert [int(v) for name, v in saved.items() if name.endswith("step")] == [3]
+
+
+def test_training_on_numpy_is_refused_by_keras(folder):
+    environment = os.environ | {"KERAS_BACKEND": "numpy", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, WORKER, "save", folder]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "NotImplementedError: fit not implemented for NumPy backend." in result.stderr

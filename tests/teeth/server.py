@@ -40,8 +40,8 @@ def run(folder: str, tests: list[str]) -> dict[str, str]:
     sys.path[0] = folder
     importlib.invalidate_caches()
     failures = Failures()
-    options = ["--exitfirst", "--quiet", "-p", "no:cacheprovider", "-p", "no:randomly"]
-    code = pytest.main([*options, f"--rootdir={folder}", *tests], plugins=[failures])
+    options = ["--exitfirst", "--quiet", "-p", "no:cacheprovider", f"--rootdir={folder}"]
+    code = pytest.main([*options, *tests], plugins=[failures])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise RuntimeError(f"pytest ended with {code!r}: {failures.found}")
     return failures.found
