@@ -75,7 +75,8 @@ def _total(values: Tensor, weights: Tensor | None, axes: tuple[int, ...]) -> Ten
     # to 4096 elements whose axes are all shorter than 32 it adds one by one (jax 0.10, CPU). There
     # one axis goes after the other, each settled, because XLA would make one sum of them again.
     values = _weighted(values, weights)
-    if values.size > _SMALL or any(values.shape[axis] >= _LONG for axis in axes):
+    known = all(isinstance(size, int) for size in values.shape)  # not in an export
+    if not known or values.size > _SMALL or any(values.shape[axis] >= _LONG for axis in axes):
         return jnp.sum(values, axes, keepdims=True)
     for axis in axes:
         values = settled(jnp.sum(values, axis, keepdims=True))
