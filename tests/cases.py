@@ -11,7 +11,14 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_bn import BatchNormalization, BatchRenormalization, GroupNormalization
+from keras_bn import (
+    BatchNormalization,
+    BatchRenormalization,
+    GroupNormalization,
+    InstanceNormalization,
+    LayerNormalization,
+    RMSNormalization,
+)
 
 # Few shapes, shared by many rows: each new one costs a compilation of every operation in JAX.
 TABLE, SEQUENCE, IMAGE, FIRST = (8, 6), (4, 5, 6), (3, 4, 5, 6), (3, 6, 4, 5)
@@ -137,6 +144,20 @@ CASES = [
     Case("group-instance", GroupNormalization, {"groups": -1}),
     Case("group-bare", GroupNormalization, {"groups": 2, "epsilon": 1e-5, **BARE}, SEQUENCE),
     Case("group-parts", GroupNormalization, {"groups": 2, **PARTS}, SEQUENCE),
+    Case("instance", InstanceNormalization),
+    Case("instance-rank-3", InstanceNormalization, {"epsilon": 1e-5}, SEQUENCE),
+    Case("instance-first", InstanceNormalization, {"axis": 1}, FIRST),
+    Case("instance-parts", InstanceNormalization, PARTS, SEQUENCE),
+    Case("layer", LayerNormalization),
+    Case("layer-rank-2", LayerNormalization, {"epsilon": 1e-5}, TABLE),
+    Case("layer-first", LayerNormalization, {"axis": 1}, FIRST),
+    Case("layer-two-axes", LayerNormalization, {"axis": (3, 1)}),
+    Case("layer-bare", LayerNormalization, BARE, SEQUENCE),
+    Case("layer-no-scale", LayerNormalization, {"scale": False}, TABLE),
+    Case("layer-parts", LayerNormalization, PARTS, SEQUENCE),
+    Case("rms", RMSNormalization),
+    Case("rms-first", RMSNormalization, {"axis": 1, "epsilon": 1e-3}, FIRST),
+    Case("rms-two-axes", RMSNormalization, {"axis": (1, -1)}),
 ]
 BY_NAME = {case.name: case for case in CASES}
 
@@ -147,13 +168,15 @@ def named(*names: str) -> list[Case]:
 
 
 # One row per path through the code, for what is costly to repeat (XLA, torch.compile).
-PATHS = named("batch", "batch-two-axes", "renorm-clipped", "renormalization-ramp", "group")
+PATHS = named(
+    "batch", "batch-two-axes", "renorm-clipped", "renormalization-ramp", "group", "layer", "rms"
+)
 
 # One row per path and layout, for what is run in every dtype.
 LAYOUTS = [
     *PATHS,
     *named("batch-first", "batch-bare", "renormalization-first", "renormalization-bare"),
-    *named("group-rank-2", "group-first", "group-instance"),
+    *named("group-rank-2", "group-first", "group-instance", "instance", "layer-first"),
 ]
 
 

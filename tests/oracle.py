@@ -50,6 +50,9 @@ def expected(
         "BatchNormalization": _batch,
         "BatchRenormalization": _batch,
         "GroupNormalization": _group,
+        "InstanceNormalization": _group,
+        "LayerNormalization": _layer,
+        "RMSNormalization": _rms,
     }[type(layer).__name__]
     return rule(layer, weights, x, dy, training, mask)
 
@@ -67,7 +70,8 @@ def _group(layer, weights, x, dy, training, mask) -> Expected:
     """Group normalization in the textbook form: split the channels, sum over the rest."""
     (axis,) = _kept(layer, x.ndim)
     channels = x.shape[axis]
-    groups = channels if layer.groups == -1 else layer.groups
+    groups = getattr(layer, "groups", -1)
+    groups = channels if groups == -1 else groups
 
     def split(array):
         array = np.moveaxis(np.broadcast_to(array, x.shape), axis, 1)
@@ -89,6 +93,26 @@ def _group(layer, weights, x, dy, training, mask) -> Expected:
     others = tuple(a for a in range(x.ndim) if a != axis)
     sums = {"gamma": join(d_gamma).sum(others), "beta": join(d_beta).sum(others)}
     return Expected(join(y), join(dx), _present(sums, weights))
+
+
+def _layer(layer, weights, x, dy, training, mask) -> Expected:
+    axes = _kept(layer, x.ndim)
+    others = tuple(axis for axis in range(x.ndim) if axis not in axes)
+    w = {name: _spread(value, x.shape, axes) for name, value in weights.items()}
+    options = {"gamma": w.get("gamma", np.float64(1)), "epsilon": layer.epsilon}
+    y = reference.normalize(x, axes, beta=w.get("beta", np.float64(0)), **options)
+    dx, d_gamma, d_beta = reference.gradients(x, dy, axes, **options)
+    sums = {"gamma": d_gamma.sum(others), "beta": d_beta.sum(others)}
+    return Expected(y, dx, _present(sums, weights))
+
+
+def _rms(layer, weights, x, dy, training, mask) -> Expected:
+    axes = _kept(layer, x.ndim)
+    others = tuple(axis for axis in range(x.ndim) if axis not in axes)
+    scale = _spread(weights["scale"], x.shape, axes)
+    root = np.sqrt(np.mean(x**2, axes, keepdims=True) + layer.epsilon)
+    dx = (scale * dy - x * np.mean(scale * dy * x, axes, keepdims=True) / root**2) / root
+    return Expected(scale * x / root, dx, {"scale": (dy * x / root).sum(others)})
 
 
 def _batch(layer, weights, x, dy, training, mask) -> Expected:

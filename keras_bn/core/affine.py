@@ -28,6 +28,14 @@ class Learned(NamedTuple):
     gamma: Tensor | None
     beta: Tensor | None
 
+    @property
+    def is_nothing(self) -> bool:
+        """Whether neither is there."""
+        return self.gamma is None and self.beta is None
+
+
+AS_IS = Learned(None, None)
+
 
 def standardize(moments: Moments, epsilon: float) -> Affine:
     """Return the map to mean 0 and variance 1: (x - mean) / √(variance + epsilon).

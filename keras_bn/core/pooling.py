@@ -16,11 +16,13 @@ class Pooling(NamedTuple):
         weights: How much each element counts; None for 1.
         total: Sums an array of cells over those that belong together, given back to each of them;
             None where each cell is a set.
+        is_centered: Whether moments are about the mean; else about 0, which stands for the mean.
     """
 
     axes: tuple[int, ...]
     weights: Tensor | None = None
     total: Callable[[Tensor], Tensor] | None = None
+    is_centered: bool = True
 
 
 def reduced_axes(rank: int, kept: tuple[int, ...]) -> tuple[int, ...]:

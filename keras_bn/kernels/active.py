@@ -1,21 +1,67 @@
-"""The kernels of the active backend; of the hand-written files, only that one is imported."""
+"""The kernels of the active backend; of the hand-written files, only that one is imported.
+
+`KERAS_BN_KERNELS=generic` switches these off: every layer then goes through `generic`.
+"""
 
 import importlib
+import os
 from collections.abc import Callable
+from typing import Any
 
 import keras
 
+from keras_bn.core.affine import Learned
 from keras_bn.core.moments import Moments
+from keras_bn.core.pooling import Pooling
+from keras_bn.kernels import normalization
+from keras_bn.kernels.normalization import Correction, Plan
 from keras_bn.types import Tensor
 
-_HAND_WRITTEN = ("tensorflow", "jax", "torch")
-
 _backend = keras.backend.backend()
-_kernels = importlib.import_module(
-    f"keras_bn.kernels.{_backend if _backend in _HAND_WRITTEN else 'generic'}"
-)
+_is_generic = os.environ.get("KERAS_BN_KERNELS") == "generic"
+_name = _backend if _backend in ("tensorflow", "jax", "torch") and not _is_generic else "generic"
+_kernel: Any = importlib.import_module(f"keras_bn.kernels.{_name}")
 
-moments: Callable[..., Moments] = _kernels.moments
-apply: Callable[..., Tensor] = _kernels.apply
-# What the backward pass must not compute again; elsewhere nothing is moved in place.
-hold: Callable[[Tensor], Tensor] = getattr(_kernels, "hold", lambda x: x)
+moments: Callable[..., Moments] = _kernel.moments
+apply: Callable[..., Tensor] = _kernel.apply
+
+
+def normalize(
+    x: Tensor,
+    pooling: Pooling,
+    learned: Learned,
+    epsilon: float,
+    dtype: str,
+    correct: Callable[[Moments], Correction] | None = None,
+    kept: Moments | None = None,
+) -> tuple[Tensor, Moments]:
+    """Return y = gamma·(r·(x - mean)/√(variance + epsilon) + d) + beta and the moments.
+
+    Args:
+        x: The input.
+        pooling: Which of its elements belong to one set.
+        learned: gamma and beta, broadcast over `x`.
+        epsilon: Added to the variance [x²].
+        dtype: Dtype of y.
+        correct: Gives r and d, constants for gradients; None for 1 and 0.
+        kept: Moments in place of those of an empty set; None to take 0.
+
+    Returns:
+        y and the moments; those of an empty set have count 0.
+    """
+
+    def correction(moments: Moments) -> Correction:
+        found = None if correct is None else correct(moments)
+        return None if found is None else (_hold(found[0]), _hold(found[1]))
+
+    plan = Plan(pooling, epsilon, dtype, correction, kept)
+    if hasattr(_kernel, "normalize"):
+        y, found = _kernel.normalize(x, learned, plan)
+    else:
+        y, found, _ = normalization.normalize(_kernel, x, learned, plan)
+    return y, found
+
+
+def _hold(x: Tensor) -> Tensor:
+    """Keep the backward pass from computing a value again; elsewhere nothing moves in place."""
+    return _kernel.hold(x) if hasattr(_kernel, "hold") else x

@@ -8,42 +8,68 @@ import math
 from keras import ops
 from keras.backend import backend, standardize_dtype
 
-from keras_bn.core.affine import Affine
+from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.dtypes import statistics_dtype
-from keras_bn.core.moments import Moments, positive
+from keras_bn.core.moments import Moments, is_static, positive
 from keras_bn.types import Tensor
 
+Axes = tuple[int, ...]
 
-def moments(x: Tensor, axes: tuple[int, ...], weights: Tensor | None = None) -> Moments:
+
+def moments(x: Tensor, axes: Axes, weights: Tensor | None = None) -> Moments:
     """Return the moments of `x` over `axes`, in two passes; see `keras_bn.kernels`."""
-    x = ops.cast(x, statistics_dtype(standardize_dtype(x.dtype)))
-
-    def total(values: Tensor) -> Tensor:
-        # In float64, because NumPy adds the rows of a column one by one; JAX has none by default
-        # and needs none, since XLA sums in blocks.
-        wide = values if backend() == "jax" else ops.cast(values, "float64")
-        return ops.cast(ops.sum(wide, axis=axes, keepdims=True), values.dtype)
-
+    x = _widened(x)
     if weights is None:
-        count = math.prod(x.shape[axis] for axis in axes)
-        pivot = ops.stop_gradient(total(x) / positive(count))
+        count = _number(x, axes)
+        pivot = ops.stop_gradient(_total(x, axes) / positive(count))
         deviation = x - pivot
-        first, second = total(deviation), total(ops.square(deviation))
+        first, second = _total(deviation, axes), _total(ops.square(deviation), axes)
     else:
         weights = ops.broadcast_to(weights, ops.shape(x))
-        count, counted = total(weights), weights > 0
+        count, counted = _total(weights, axes), weights > 0
         zeros = ops.zeros_like(x)
-        pivot = ops.stop_gradient(total(ops.where(counted, x, zeros) * weights) / positive(count))
+        masked = ops.where(counted, x, zeros)
+        pivot = ops.stop_gradient(_total(masked * weights, axes) / positive(count))
         # A second `where`: what is masked out must not reach the products either.
         deviation = ops.where(counted, x - pivot, zeros)
-        first, second = total(weights * deviation), total(weights * ops.square(deviation))
+        first = _total(weights * deviation, axes)
+        second = _total(weights * ops.square(deviation), axes)
     offset = first / positive(count)
     # The pivot is the rounded mean, so this subtracts next to nothing.
     m2 = ops.relu(second - first * offset)
     return Moments(count, pivot, offset, m2)
 
 
-def apply(x: Tensor, affine: Affine, dtype: str) -> Tensor:
-    """Return (x - center)·scale + shift in `dtype`; see `keras_bn.kernels`."""
-    difference = ops.cast(x, affine.center.dtype) - affine.center
-    return ops.cast(difference * affine.scale + affine.shift, dtype)
+def second_moments(x: Tensor, axes: Axes) -> Moments:
+    """Return the moments of `x` about 0, which stands for the mean; see `keras_bn.kernels`."""
+    x = _widened(x)
+    m2 = _total(ops.square(x), axes)
+    return Moments(_number(x, axes), ops.zeros_like(m2), ops.zeros_like(m2), m2)
+
+
+def apply(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> Tensor:
+    """Return ((x - center)·scale + shift)·gamma + beta; see `keras_bn.kernels`."""
+    difference = ops.cast(x, affine.scale.dtype) - affine.center
+    y = difference * affine.scale + affine.shift
+    y = y if learned.gamma is None else y * learned.gamma
+    return ops.cast(y if learned.beta is None else y + learned.beta, dtype)
+
+
+def _widened(x: Tensor) -> Tensor:
+    """Return x in the dtype of its sums."""
+    return ops.cast(x, statistics_dtype(standardize_dtype(x.dtype)))
+
+
+def _number(x: Tensor, axes: Axes) -> Tensor:
+    """Return the number of elements along the axes: a Python number where it is known."""
+    sizes = ops.shape(x)
+    number = math.prod([sizes[axis] for axis in axes])
+    return number if is_static(number) else ops.cast(number, x.dtype)
+
+
+def _total(values: Tensor, axes: Axes) -> Tensor:
+    """Sum over `axes`, axes kept."""
+    # In float64, because NumPy adds the rows of a column one by one; JAX has none by default and
+    # needs none, since XLA sums in blocks.
+    wide = values if backend() == "jax" else ops.cast(values, "float64")
+    return ops.cast(ops.sum(wide, axis=axes, keepdims=True), values.dtype)

@@ -12,13 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from keras_bn.core.affine import Affine
+from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.dtypes import statistics_dtype
 from keras_bn.core.moments import Moments, positive, settled
 from keras_bn.types import Tensor
-
-# XLA sums in blocks where an array has more elements than this, or an axis is as long as that.
-_SMALL, _LONG = 4096, 32
 
 
 def moments(x: Tensor, axes: tuple[int, ...], weights: Tensor | None = None) -> Moments:
@@ -71,18 +68,25 @@ def _weighted(values: Tensor, weights: Tensor | None) -> Tensor:
 
 def _total(values: Tensor, weights: Tensor | None, axes: tuple[int, ...]) -> Tensor:
     """Sum over `axes`, weighted, axes kept."""
-    # XLA sums in blocks (a tree), so half a million elements cost no digits; but in an array of up
-    # to 4096 elements whose axes are all shorter than 32 it adds one by one (jax 0.10, CPU). There
-    # one axis goes after the other, each settled, because XLA would make one sum of them again.
+    # XLA sums blocks of 32 along each axis, so half a million elements of one axis cost no digits;
+    # of several axes it sums blocks of 32·32 and more one by one (jax 0.10, CPU). So one axis goes
+    # after the other, each settled, because XLA would make one sum of them again.
     values = _weighted(values, weights)
-    known = all(isinstance(size, int) for size in values.shape)  # not in an export
-    if not known or values.size > _SMALL or any(values.shape[axis] >= _LONG for axis in axes):
-        return jnp.sum(values, axes, keepdims=True)
-    for axis in axes:
+    for axis in reversed(axes):
         values = settled(jnp.sum(values, axis, keepdims=True))
     return values
 
 
-def apply(x: Tensor, affine: Affine, dtype: str) -> Tensor:
-    """Return (x - center)·scale + shift in `dtype`; see `keras_bn.kernels`."""
-    return ((x - affine.center) * affine.scale + affine.shift).astype(dtype)
+def second_moments(x: Tensor, axes: tuple[int, ...]) -> Moments:
+    """Return the moments of `x` about 0, which stands for the mean; see `keras_bn.kernels`."""
+    zero = jnp.zeros((), statistics_dtype(str(x.dtype)))
+    m2 = _total(jnp.square(x + zero), None, axes)
+    count: Any = math.prod(x.shape[axis] for axis in axes)
+    return Moments(count, jnp.zeros_like(m2), jnp.zeros_like(m2), m2)
+
+
+def apply(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> Tensor:
+    """Return ((x - center)·scale + shift)·gamma + beta; see `keras_bn.kernels`."""
+    y = (x - affine.center) * affine.scale + affine.shift
+    y = y if learned.gamma is None else y * learned.gamma
+    return (y if learned.beta is None else y + learned.beta).astype(dtype)

@@ -1,49 +1,70 @@
-"""The whole of a normalization: the kernels and the algebra between them."""
+"""The whole of a normalization, from a kernel's `moments` and `apply`."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from keras_bn.core.affine import Learned, compose, standardize
 from keras_bn.core.moments import Moments, merge, or_else
 from keras_bn.core.pooling import Pooling
-from keras_bn.kernels import active
 from keras_bn.types import Tensor
 
-# r and d of batch renormalization, from the moments of the batch; constants for gradients.
-Correction = Callable[[Moments], tuple[Tensor, Tensor] | None]
+# r and d of batch renormalization, constants for gradients; None for 1 and 0.
+Correction = tuple[Tensor, Tensor] | None
+
+
+class Plan(NamedTuple):
+    """What a normalization does, beside its tensors.
+
+    Attributes:
+        pooling: Which elements belong to one set.
+        epsilon: Added to the variance [x²].
+        dtype: Dtype of the output.
+        correct: Gives r and d from the moments.
+        kept: Moments in place of those of an empty set; None to take 0.
+    """
+
+    pooling: Pooling
+    epsilon: float
+    dtype: str
+    correct: Callable[[Moments], Correction]
+    kept: Moments | None = None
 
 
 def normalize(
-    x: Tensor,
-    pooling: Pooling,
-    learned: Learned,
-    epsilon: float,
-    dtype: str,
-    correct: Correction | None = None,
-    kept: Moments | None = None,
-) -> tuple[Tensor, Moments]:
-    """Return y = gamma·(r·(x - mean)/√(variance + epsilon) + d) + beta and the moments.
+    kernel: Any, x: Tensor, learned: Learned, plan: Plan
+) -> tuple[Tensor, Moments, Correction]:
+    """Return y = gamma·(r·(x - mean)/√(variance + epsilon) + d) + beta, the moments, r and d.
 
     Args:
+        kernel: Has `moments` and `apply`; see `keras_bn.kernels`.
         x: The input.
-        pooling: Which of its elements belong to one set.
         learned: gamma and beta, broadcast over `x`.
-        epsilon: Added to the variance.
-        dtype: Dtype of y.
-        correct: Gives r and d; None for 1 and 0.
-        kept: Moments in place of those of an empty set; None to take 0.
+        plan: What to do.
 
     Returns:
-        y and the moments; those of an empty set have count 0.
+        y, the moments (of an empty set with count 0), and the correction.
     """
-    moments = pooled(x, pooling)
-    affine = standardize(moments if kept is None else or_else(moments, kept), epsilon)
-    correction = None if correct is None else correct(moments)
+    moments = _pooled(kernel, x, plan.pooling)
+    filled = moments if plan.kept is None else or_else(moments, plan.kept)
+    affine = standardize(filled, plan.epsilon)
+    correction = plan.correct(moments)
     if correction is not None:
-        affine = compose(affine, *map(active.hold, correction))
-    return active.apply(x, compose(affine, *learned), dtype), moments
+        affine = compose(affine, *correction)
+    if varies(learned, plan.pooling.axes):
+        return kernel.apply(x, affine, plan.dtype, learned), moments, correction
+    return kernel.apply(x, compose(affine, *learned), plan.dtype), moments, correction
 
 
-def pooled(x: Tensor, pooling: Pooling) -> Moments:
+def varies(learned: Learned, axes: tuple[int, ...]) -> bool:
+    """Say whether gamma or beta varies within a set: then it is not part of the set's map."""
+    given = [part for part in learned if part is not None]
+    return any(part.shape[axis] != 1 for part in given for axis in axes)
+
+
+def _pooled(kernel: Any, x: Tensor, pooling: Pooling) -> Moments:
     """Return the moments of each set, once for each of its cells."""
-    cells = active.moments(x, pooling.axes, pooling.weights)
+    if not pooling.is_centered:
+        second: Moments = kernel.second_moments(x, pooling.axes)
+        return second
+    cells = kernel.moments(x, pooling.axes, pooling.weights)
     return cells if pooling.total is None else merge(cells, pooling.total)

@@ -3,5 +3,14 @@
 from keras_bn.layers.batch_normalization import BatchNormalization
 from keras_bn.layers.batch_renormalization import BatchRenormalization
 from keras_bn.layers.group_normalization import GroupNormalization
+from keras_bn.layers.instance_normalization import InstanceNormalization
+from keras_bn.layers.layer_normalization import LayerNormalization, RMSNormalization
 
-__all__ = ["BatchNormalization", "BatchRenormalization", "GroupNormalization"]
+__all__ = [
+    "BatchNormalization",
+    "BatchRenormalization",
+    "GroupNormalization",
+    "InstanceNormalization",
+    "LayerNormalization",
+    "RMSNormalization",
+]

@@ -86,8 +86,7 @@ class Normalization(keras.layers.Layer):
             )
         self._broadcast = pooling.kept_shape(input_shape, self._kept)
         self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes=sizes)
-        self.gamma = self._add_parameter("gamma", self.scale)
-        self.beta = self._add_parameter("beta", self.center)
+        self._add_parameters()
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         """Return the input's shape."""
@@ -107,6 +106,11 @@ class Normalization(keras.layers.Layer):
                 input_shape=input_shape,
             )
         return tuple(kept)
+
+    def _add_parameters(self) -> None:
+        """Create what is learned."""
+        self.gamma = self._add_parameter("gamma", self.scale)
+        self.beta = self._add_parameter("beta", self.center)
 
     def _add_parameter(self, name: str, wanted: bool) -> Any:
         if not wanted:

@@ -21,7 +21,12 @@ from tests.cases import BY_NAME, CASES, MASKS, Case, assert_agrees, assert_close
 from tests.oracle import expected, weights_by_name
 
 BACKEND = keras.backend.backend()
-BOTH = [keras_bn.BatchNormalization, keras_bn.GroupNormalization]
+BOTH = [
+    keras_bn.BatchNormalization,
+    keras_bn.GroupNormalization,
+    keras_bn.LayerNormalization,
+    keras_bn.RMSNormalization,
+]
 each_layer = pytest.mark.parametrize("layer", BOTH, ids=lambda layer: layer.__name__)
 
 
@@ -29,12 +34,15 @@ def stock_of(layer):
     return getattr(keras.layers, layer.__name__)
 
 
-# What Keras accepts of the table: it keeps one axis, and synchronizes in TensorFlow only.
+# What Keras accepts of the table: it keeps one axis (normalizes the last ones, in the layers that
+# pool features), and synchronizes in TensorFlow only.
+FEATURES = (keras_bn.LayerNormalization, keras_bn.RMSNormalization)
 SHARED = [
     case
     for case in CASES
     if case.stock is not None
     and not isinstance(case.options.get("axis"), tuple)
+    and not (case.layer in FEATURES and "axis" in case.options)
     and (BACKEND == "tensorflow" or not case.options.get("synchronized"))
 ]
 every_case = pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
@@ -93,6 +101,7 @@ def readable(config):
 @every_case
 def test_config_is_keras(case):
     wanted = case.stock(name="n", **case.options).get_config()
+    wanted.pop("rms_scaling", None)  # deprecated
     if case.layer is keras_bn.BatchNormalization:
         wanted = NEWER | wanted
     if case.options.get("renorm"):
@@ -106,8 +115,10 @@ def test_config_makes_the_layer_of_the_other_library(case):
     ours, stock = case.make(name="n"), case.stock(name="n", **case.options)
     there = case.stock.from_config(readable(ours.get_config()))
     here = case.layer.from_config(stock.get_config())
-    assert there.get_config() == stock.get_config()
-    assert here.get_config() == {**ours.get_config(), **stock.get_config()}
+    wanted = stock.get_config()
+    assert there.get_config() == wanted
+    wanted.pop("rms_scaling", None)  # deprecated
+    assert here.get_config() == {**ours.get_config(), **wanted}
 
 
 def test_instance_normalization_stays_minus_one_in_the_config():

@@ -23,7 +23,8 @@ from tests.cases import (
 )
 from tests.oracle import expected, weights_by_name
 
-KEPT = [c for c in CASES if c.layer is not keras_bn.GroupNormalization and c.shape == IMAGE]
+KEEPERS = (keras_bn.BatchNormalization, keras_bn.BatchRenormalization)
+KEPT = [case for case in CASES if case.layer in KEEPERS and case.shape == IMAGE]
 BATCH = named(
     "batch", "batch-two-axes", "renorm-clipped", "renormalization", "renormalization-ramp"
 )

@@ -22,54 +22,80 @@ CONTRACT = "tests/kernels/test_contract.py -k 'any_kappa and eager-conv-output a
 WEIGHTS = "tests/kernels/test_weights.py -k 'under_a_0_does_not and eager and not generic'"
 MOMENTS = "tests/core/test_moments.py -k merged_parts"
 LIMITS = "tests/layers/test_limits.py"
-KERNEL = f"kernels/{BACKEND}.py"
+STEPS = "kernels/steps.py"
+PASSES = f"kernels/{BACKEND}/passes.py"
+JAX = "kernels/jax.py"
 
-# In each backend's kernels: what is sound, and what is faulty.
-PIVOT = {
-    "tensorflow": "block_sum(_weighted(_masked(wide, weights), weights), axes) / divisor",
-    "jax": "_total(_masked(x - zero, weights), weights, axes) / count",
-    "torch": "_total(_masked(x, weights), weights, axes, dtype) / count",
-}[BACKEND]
-MASKED_GRADIENT = {
-    "tensorflow": (
-        "tf.cast(_masked(_weighted(dx, weights), weights), x.dtype)",
-        "tf.cast(dx, x.dtype)",
+# In each backend's kernels: the file, what is sound, and what is faulty.
+IS_JAX = BACKEND == "jax"
+DIFFERENCE_OF_SQUARES = {
+    False: (
+        STEPS,
+        "passes.total(x, weights, axes) / divisor",
+        "0 * passes.total(x, weights, axes)",
     ),
-    "jax": (
+    True: (
+        JAX,
+        "_total(_masked(x - zero, weights), weights, axes) / count",
+        "0 * _total(_masked(x - zero, weights), weights, axes)",
+    ),
+}[IS_JAX]
+UNMASKED_GRADIENT = {
+    False: (STEPS, "found.pivot, terms, weights, outer", "found.pivot, terms, None, outer"),
+    True: (
+        JAX,
         "dx = _masked(tangents[0].astype(pivot.dtype), weights)",
         "weights, dx = None, tangents[0].astype(pivot.dtype)",
     ),
-    "torch": ("dx = _masked(dx * weights, weights)", "pass"),
-}[BACKEND]
-CENTERED = {
+}[IS_JAX]
+CENTER_LATE = {
     "tensorflow": (
-        "(tf.cast(x, scale.dtype) - center) * scale + shift",
-        "tf.cast(x, scale.dtype) * scale + (shift - center * scale)",
+        PASSES,
+        "difference * affine.scale + affine.shift, dtype",
+        "tf.cast(x, dtype) * affine.scale + (affine.shift - affine.center * affine.scale), dtype",
     ),
     "jax": (
+        JAX,
         "(x - affine.center) * affine.scale + affine.shift",
         "x * affine.scale + (affine.shift - affine.center * affine.scale)",
     ),
     "torch": (
-        "torch.addcmul(shift, x - center, scale)",
-        "(x * scale + (shift - center * scale))",
+        PASSES,
+        "torch.addcmul(shift, part - center, scale, out=out)",
+        "torch.addcmul(shift - center * scale, part, scale, out=out)",
     ),
 }[BACKEND]
-MASKED = {
-    "tensorflow": "return values if weights is None else tf.where(weights > 0,"
-    " values, tf.zeros_like(values))",
-    "jax": "return values if weights is None else jnp.where(weights > 0, values, 0)",
-    "torch": "return values if weights is None else torch.where(weights > 0, values, 0)",
+UNHIDDEN = {
+    "tensorflow": (
+        PASSES,
+        "tf.where(weights > 0, values * tf.cast(weights, values.dtype), tf.zeros_like(values))",
+        "values * tf.cast(weights, values.dtype)",
+    ),
+    "jax": (
+        JAX,
+        "return values if weights is None else jnp.where(weights > 0, values, 0)",
+        "return values",
+    ),
+    "torch": (PASSES, "torch.where(weights > 0, values * weights, 0)", "values * weights"),
 }[BACKEND]
+# Elsewhere r and d are constants of a step, whatever they carry.
+CORRECTED = {
+    False: (STEPS, "r * second + d * first, first", "r * second, first", FUZZ.format(4)),
+    True: (
+        "core/estimators.py",
+        "return ops.stop_gradient(r), ops.stop_gradient(d)",
+        "return r, d",
+        FUZZ.format(4),
+    ),
+}[IS_JAX]
 
 FAULTS = {
     # The kernels.
-    "variance as a difference of mean squares": Fault(
-        KERNEL, PIVOT, f"0 * {PIVOT}", FUZZ.format(4)
-    ),
-    "mask not applied in the gradient": Fault(KERNEL, *MASKED_GRADIENT, FUZZ.format(18)),
-    "center subtracted after scaling": Fault(KERNEL, *CENTERED, CONTRACT),
-    "what lies under a mask is multiplied by 0": Fault(KERNEL, MASKED, "return values", WEIGHTS),
+    "variance as a difference of mean squares": Fault(*DIFFERENCE_OF_SQUARES, FUZZ.format(4)),
+    "mask not applied in the gradient": Fault(*UNMASKED_GRADIENT, FUZZ.format(18)),
+    "center subtracted after scaling": Fault(*CENTER_LATE, CONTRACT),
+    "what lies under a mask is multiplied by 0": Fault(*UNHIDDEN, WEIGHTS),
+    "correction forgotten in the gradient, or given one": Fault(*CORRECTED),
     # The mathematics.
     "unbiased for biased variance": Fault(
         "core/moments.py",
@@ -105,19 +131,13 @@ FAULTS = {
         "core/affine.py",
         "-moments.offset * scale)",
         "-0.0 * moments.offset * scale)",
-        FUZZ.format(4),
+        CONTRACT,
     ),
     "momentum swapped": Fault(
         "core/estimators.py",
         "return old * momentum + new * (1.0 - momentum)",
         "return new * momentum + old * (1.0 - momentum)",
         FUZZ.format(5),
-    ),
-    "r and d with gradient": Fault(
-        "core/estimators.py",
-        "return ops.stop_gradient(r), ops.stop_gradient(d)",
-        "return r, d",
-        FUZZ.format(4),
     ),
     "r upside down": Fault(
         "core/estimators.py",

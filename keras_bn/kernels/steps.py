@@ -1,0 +1,221 @@
+"""The differentiable steps on the big tensor, with their derivatives by hand.
+
+A backend gives the passes over the big tensor (sums and maps, without gradients) and `run`, which
+hands it a derivative. What lies between the passes is small, and is written here for all.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from keras import ops
+from keras.backend import standardize_dtype
+
+from keras_bn.core.affine import AS_IS, Affine, Learned
+from keras_bn.core.moments import Moments, is_static, or_else, positive, settled
+from keras_bn.kernels import generic
+from keras_bn.kernels.normalization import Plan, normalize, varies
+from keras_bn.types import Tensor
+
+Axes = tuple[int, ...]
+
+
+class Step(NamedTuple):
+    """A function of tensors, with its derivative.
+
+    Attributes:
+        forward: Gives, from the inputs, the outputs and what the derivative needs beside them:
+            constants of the pooled size.
+        backward: Gives the gradients of the inputs from the inputs, the constants and the
+            gradients of the outputs.
+        plain: Gives the outputs from the inputs in differentiable operations, to differentiate
+            twice (then with the constants, which must not change) or in other ways (with None).
+    """
+
+    forward: Callable[..., tuple[tuple[Tensor, ...], Any]]
+    backward: Callable[..., tuple[Tensor, ...]]
+    plain: Callable[..., tuple[Tensor, ...]]
+
+
+class Kernel:
+    """The kernels of a backend, from its passes; see `keras_bn.kernels` for the contract.
+
+    Args:
+        passes: A module with sums (`number`, `total`, `squares`, `deviations`, `products`,
+            `mapped_products`), maps (`mapped`, `output`, `scaled`, `combined`, `weighted`),
+            and `run`.
+    """
+
+    def __init__(self, passes: Any) -> None:
+        self._passes = passes
+
+    def moments(self, x: Tensor, axes: Axes, weights: Tensor | None = None) -> Moments:
+        """Return the moments of `x` over `axes`."""
+        passes = self._passes
+        weights = None if weights is None else _spread(weights, x)
+
+        def forward(x: Tensor) -> Any:
+            found = _Forward(passes).moments(x, axes, weights)
+            return _tensors(found), _constant(found)
+
+        def backward(inputs: Any, found: Moments, grads: Any) -> Any:
+            """dx = w·(d_mean / n + 2·d_m2·(x - mean))."""
+            (x,), (*_, d_mean, d_m2) = inputs, grads
+            slope = 2.0 * d_m2
+            level = d_mean / positive(found.count) - slope * found.offset
+            dx = passes.mapped(x, Affine(found.pivot, slope, level), _dtype(x))
+            return (passes.weighted(dx, weights),)
+
+        def plain(inputs: Any, _: Any) -> Any:
+            return _tensors(generic.moments(inputs[0], axes, weights))
+
+        found = passes.run(Step(forward, backward, plain), x)
+        *count, pivot, offset, m2 = found
+        count = ops.stop_gradient(*count) if count else passes.number(x, axes)
+        return Moments(count, ops.stop_gradient(pivot), offset, m2)
+
+    def apply(self, x: Tensor, affine: Affine, dtype: str) -> Tensor:
+        """Return (x - center)·scale + shift in `dtype`."""
+        passes = self._passes
+
+        def forward(x: Tensor, *affine: Tensor) -> Any:
+            return (passes.output(x, Affine(*affine), dtype),), None
+
+        def backward(inputs: Any, _: Any, grads: Any) -> Any:
+            """dx = dy·scale, d_shift = Σ dy, d_scale = Σ dy·(x - center)."""
+            (x, center, scale, _), (dy,) = inputs, grads
+            axes = tuple(axis for axis, size in enumerate(scale.shape) if size == 1)
+            d_shift, d_scale = passes.products(x, dy, center, axes)
+            return passes.scaled(dy, scale, _dtype(x)), -scale * d_shift, d_scale, d_shift
+
+        def plain(inputs: Any, _: Any) -> Any:
+            return (generic.apply(inputs[0], Affine(*inputs[1:]), dtype),)
+
+        (y,) = passes.run(Step(forward, backward, plain), x, *affine)
+        return y
+
+    def normalize(self, x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments]:
+        """Return y and the moments, as `normalization.normalize`.
+
+        Differentiated as a whole, dx is one map of x and dy; else it is the sum of what comes
+        through y and of what comes through the moments.
+        """
+        passes, axes = self._passes, plan.pooling.axes
+        if plan.pooling.weights is not None:
+            weights = _spread(plan.pooling.weights, x)
+            plan = plan._replace(pooling=plan.pooling._replace(weights=weights))
+
+        def unpacked(given: Any) -> Learned:
+            left = iter(given)
+            return Learned(*(None if part is None else next(left) for part in learned))
+
+        def forward(x: Tensor, *given: Tensor) -> Any:
+            y, found, correction = normalize(_Forward(passes), x, unpacked(given), plan)
+            return (y, *_tensors(found)), (_constant(found), correction)
+
+        def backward(inputs: Any, constants: Any, grads: Any) -> Any:
+            (x, *given), (dy, *_) = inputs, grads
+            return _gradients(passes, x, dy, unpacked(given), constants, plan)
+
+        def plain(inputs: Any, constants: Any) -> Any:
+            fixed = plan if constants is None else plan._replace(correct=lambda _: constants[1])
+            y, found, _ = normalize(generic, inputs[0], unpacked(inputs[1:]), fixed)
+            return (y, *_tensors(found))
+
+        given = [part for part in learned if part is not None]
+        y, *found = passes.run(Step(forward, backward, plain), x, *given)
+        found = [ops.stop_gradient(part) for part in found]
+        return y, Moments(*(found if len(found) == 4 else [passes.number(x, axes), *found]))
+
+
+class _Forward(NamedTuple):
+    """The kernels of some passes, without gradients."""
+
+    passes: Any
+
+    def moments(self, x: Tensor, axes: Axes, weights: Tensor | None) -> Moments:
+        """Two passes: the mean, and the deviations from it."""
+        passes = self.passes
+        count = passes.number(x, axes) if weights is None else passes.total(weights, None, axes)
+        divisor = positive(count)
+        pivot = settled(passes.total(x, weights, axes) / divisor)
+        first, second = passes.deviations(x, pivot, weights, axes)
+        offset = first / divisor
+        # The pivot is the rounded mean, so this subtracts next to nothing.
+        return Moments(count, pivot, offset, ops.relu(second - first * offset))
+
+    def second_moments(self, x: Tensor, axes: Axes) -> Moments:
+        """One pass: the squares."""
+        m2 = self.passes.squares(x, axes)
+        return Moments(self.passes.number(x, axes), ops.zeros_like(m2), ops.zeros_like(m2), m2)
+
+    def apply(self, x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> Tensor:
+        """The map."""
+        y: Tensor = self.passes.output(x, affine, dtype, learned)
+        return y
+
+
+def _gradients(
+    passes: Any, x: Tensor, dy: Tensor, learned: Learned, constants: Any, plan: Plan
+) -> tuple[Tensor, ...]:
+    """Return the gradients of x and of what is learned, through y.
+
+    With z = (x - mean)/√(variance + epsilon), g = gamma·r, weights w and sums over a set of n:
+    dx = (g·dy - w·(Σ g·dy + z·Σ g·dy·z) / n) / √(variance + epsilon).
+    """
+    found, correction = constants
+    found = found if plan.kept is None else or_else(found, plan.kept)
+    axes, weights, total, is_centered = plan.pooling
+    outer, inner = (learned, AS_IS) if varies(learned, axes) else (AS_IS, learned)
+    inverse = 1.0 / ops.sqrt(found.variance + plan.epsilon)
+    first, second = passes.products(x, dy, found.pivot, axes, outer.gamma)
+    second = (second - found.offset * first) * inverse
+    r, d = (1.0, None) if correction is None else correction
+    factor = r if inner.gamma is None else r * inner.gamma
+    level, slope = (factor * part / positive(found.count) for part in (first, second))
+    if total is not None:
+        level, slope = total(level), total(slope)
+    slope = -inverse * inverse * slope
+    level = -inverse * level if is_centered else ops.zeros_like(slope)
+    terms = (inverse * factor, slope, level - slope * found.offset)
+    dx = passes.combined(x, dy, found.pivot, terms, weights, outer.gamma)
+    if not outer.is_nothing:
+        affine = Affine(found.pivot, inverse, -found.offset * inverse)
+        d_gamma, d_beta = passes.mapped_products(x, dy, affine, _shared_axes(learned))
+    else:
+        d_gamma, d_beta = r * second if d is None else r * second + d * first, first
+    pairs = ((d_gamma, learned.gamma), (d_beta, learned.beta))
+    return dx, *(_folded(cells, part) for cells, part in pairs if part is not None)
+
+
+def _shared_axes(learned: Learned) -> Axes:
+    """Return the axes along which gamma and beta are the same."""
+    given = next(part for part in learned if part is not None)
+    return tuple(axis for axis, size in enumerate(given.shape) if size == 1)
+
+
+def _folded(cells: Tensor, like: Tensor) -> Tensor:
+    """Sum what all cells that share a parameter give for it."""
+    pairs = enumerate(zip(cells.shape, like.shape, strict=True))
+    axes = tuple(axis for axis, (have, want) in pairs if want == 1 and have != 1)
+    return ops.sum(cells, axis=axes, keepdims=True) if axes else cells
+
+
+def _spread(weights: Tensor, x: Tensor) -> Tensor:
+    """Return the weights in the shape of `x`, as a constant."""
+    return ops.stop_gradient(ops.broadcast_to(weights, ops.shape(x)))
+
+
+def _tensors(moments: Moments) -> tuple[Tensor, ...]:
+    """Return the parts that are tensors: a count may be a number."""
+    return moments[is_static(moments.count) :]
+
+
+def _constant(moments: Moments) -> Moments:
+    """Return copies without gradient: PyTorch must not keep its own outputs for the backward."""
+    parts = (part if is_static(part) else ops.stop_gradient(part) for part in moments)
+    return Moments(*parts)
+
+
+def _dtype(x: Tensor) -> str:
+    name: str = standardize_dtype(x.dtype)
+    return name

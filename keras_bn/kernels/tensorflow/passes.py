@@ -1,0 +1,120 @@
+"""Passes over a big tensor in TensorFlow, without gradients."""
+
+import math
+
+import tensorflow as tf
+
+from keras_bn.core.affine import AS_IS, Affine, Learned
+from keras_bn.core.dtypes import statistics_dtype
+from keras_bn.kernels.tensorflow.autograd import run
+from keras_bn.kernels.tensorflow.sums import sum_over
+from keras_bn.types import Tensor
+
+__all__ = [
+    "combined",
+    "deviations",
+    "mapped",
+    "mapped_products",
+    "number",
+    "output",
+    "products",
+    "run",
+    "scaled",
+    "squares",
+    "total",
+    "weighted",
+]
+
+Axes = tuple[int, ...]
+
+
+def number(x: Tensor, axes: Axes) -> Tensor:
+    """Return the number of elements along the axes: a Python number where it is known."""
+    sizes = [x.shape[axis] for axis in axes]
+    if None not in sizes:
+        return math.prod(sizes)
+    return tf.reduce_prod(tf.cast(tf.gather(tf.shape(x), axes), _wide(x)))
+
+
+def total(x: Tensor, weights: Tensor | None, axes: Axes) -> Tensor:
+    """Return Σ w·x."""
+    return sum_over(weighted(tf.cast(x, _wide(x)), weights), axes)
+
+
+def squares(x: Tensor, axes: Axes) -> Tensor:
+    """Return Σ x²."""
+    return sum_over(tf.square(tf.cast(x, _wide(x))), axes)
+
+
+def deviations(
+    x: Tensor, pivot: Tensor, weights: Tensor | None, axes: Axes
+) -> tuple[Tensor, Tensor]:
+    """Return Σ w·(x - pivot) and Σ w·(x - pivot)²."""
+    deviation = tf.cast(x, pivot.dtype) - pivot
+    first = sum_over(weighted(deviation, weights), axes)
+    return first, sum_over(weighted(tf.square(deviation), weights), axes)
+
+
+def products(
+    x: Tensor, dy: Tensor, center: Tensor, axes: Axes, gamma: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return Σ gamma·dy and Σ gamma·dy·(x - center)."""
+    dy = _times(tf.cast(dy, center.dtype), gamma)
+    return sum_over(dy, axes), sum_over(dy * (tf.cast(x, center.dtype) - center), axes)
+
+
+def mapped_products(x: Tensor, dy: Tensor, affine: Affine, axes: Axes) -> tuple[Tensor, Tensor]:
+    """Return Σ dy·((x - center)·scale + shift) and Σ dy."""
+    dtype = affine.scale.dtype
+    dy = tf.cast(dy, dtype)
+    return sum_over(dy * mapped(x, affine, dtype), axes), sum_over(dy, axes)
+
+
+def mapped(x: Tensor, affine: Affine, dtype: str) -> Tensor:
+    """Return (x - center)·scale + shift."""
+    difference = tf.cast(x, affine.scale.dtype) - affine.center
+    return tf.cast(difference * affine.scale + affine.shift, dtype)
+
+
+def output(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> Tensor:
+    """Return ((x - center)·scale + shift)·gamma + beta."""
+    if learned.is_nothing:
+        return mapped(x, affine, dtype)
+    y = _times(mapped(x, affine, affine.scale.dtype), learned.gamma)
+    return tf.cast(y if learned.beta is None else y + learned.beta, dtype)
+
+
+def scaled(x: Tensor, scale: Tensor, dtype: str) -> Tensor:
+    """Return x·scale."""
+    return tf.cast(tf.cast(x, scale.dtype) * scale, dtype)
+
+
+def combined(
+    x: Tensor,
+    dy: Tensor,
+    center: Tensor,
+    terms: tuple[Tensor, Tensor, Tensor],
+    weights: Tensor | None = None,
+    gamma: Tensor | None = None,
+) -> Tensor:
+    """Return gamma·dy·a + w·((x - center)·b + c), in the dtype of x, for the terms a, b, c."""
+    a, b, c = terms
+    line = (tf.cast(x, center.dtype) - center) * b + c
+    dy = _times(tf.cast(dy, center.dtype), gamma)
+    return tf.cast(dy * a + weighted(line, weights), x.dtype)
+
+
+def weighted(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Return w·values; 0 where w is 0, whatever stood there."""
+    if weights is None:
+        return values
+    return tf.where(weights > 0, values * tf.cast(weights, values.dtype), tf.zeros_like(values))
+
+
+def _times(values: Tensor, gamma: Tensor | None) -> Tensor:
+    return values if gamma is None else values * gamma
+
+
+def _wide(x: Tensor) -> str:
+    """Return the dtype of the sums."""
+    return statistics_dtype(x.dtype.name)

@@ -1,0 +1,30 @@
+"""The kernels in PyTorch: autograd functions that save `x` and nothing else of its size."""
+
+import torch
+
+from keras_bn.kernels.steps import Kernel
+from keras_bn.kernels.torch import passes
+from keras_bn.types import Tensor
+
+_kernel = Kernel(passes)
+moments, apply, normalize = _kernel.moments, _kernel.apply, _kernel.normalize
+
+
+def hold(x: Tensor) -> Tensor:
+    """Return a constant that the backward pass takes as it is now.
+
+    torch 2.13: compiled code may compute it again in the backward pass, from statistics that the
+    forward pass has moved meanwhile, and silently return a wrong gradient.
+    """
+    return torch.ops.keras_bn.hold(x) if torch.compiler.is_compiling() else x
+
+
+@torch.library.custom_op("keras_bn::hold", mutates_args=())
+def _hold(x: torch.Tensor) -> torch.Tensor:
+    """Copy, in a way that the compiler does not see through."""
+    return x.clone()
+
+
+@_hold.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)

@@ -1,0 +1,209 @@
+"""Passes over a big tensor in PyTorch, without gradients.
+
+On the CPU a tensor goes in pieces, so that what lies between two operations stays in the cache
+and no copy of full size is made; elsewhere, and in compiled code, it goes in one.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import repeat
+from typing import Any
+
+import torch
+
+from keras_bn.core.affine import AS_IS, Affine, Learned
+from keras_bn.core.dtypes import statistics_dtype
+from keras_bn.kernels.torch.autograd import run
+from keras_bn.kernels.torch.sums import sum_over
+from keras_bn.types import Tensor
+
+__all__ = [
+    "combined",
+    "deviations",
+    "mapped",
+    "mapped_products",
+    "number",
+    "output",
+    "products",
+    "run",
+    "scaled",
+    "squares",
+    "total",
+    "weighted",
+]
+
+Axes = tuple[int, ...]
+
+# Elements of a piece: 2 MiB in float32, which the cores' caches hold beside a copy.
+_PIECE = 1 << 19
+
+
+def number(x: Tensor, axes: Axes) -> int:
+    """Return the number of elements along the axes."""
+    return math.prod([x.shape[axis] for axis in axes])  # a list: torch 2.13 traces no generator
+
+
+def total(x: Tensor, weights: Tensor | None, axes: Axes) -> Tensor:
+    """Return Σ w·x."""
+    dtype = _wide(x)
+    if weights is None and x.dtype == dtype:
+        return sum_over(x, axes, dtype)
+
+    def sums(part: Tensor, w: Tensor | None) -> tuple[Tensor]:
+        return (sum_over(weighted(part, w), axes, dtype),)
+
+    return _summed(sums, axes, x, weights)[0]
+
+
+def squares(x: Tensor, axes: Axes) -> Tensor:
+    """Return Σ x²."""
+
+    def sums(part: Tensor) -> tuple[Tensor]:
+        return (sum_over(part.to(_wide(x)).square(), axes, _wide(x)),)
+
+    return _summed(sums, axes, x)[0]
+
+
+def deviations(x: Tensor, pivot: Tensor, weights: Tensor | None, axes: Axes) -> list[Tensor]:
+    """Return Σ w·(x - pivot) and Σ w·(x - pivot)²."""
+
+    def sums(part: Tensor, center: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor]:
+        deviation = part - center
+        first = sum_over(weighted(deviation, w), axes, pivot.dtype)
+        return first, sum_over(weighted(deviation.square_(), w), axes, pivot.dtype)
+
+    return _summed(sums, axes, x, pivot, weights)
+
+
+def products(
+    x: Tensor, dy: Tensor, center: Tensor, axes: Axes, gamma: Tensor | None = None
+) -> list[Tensor]:
+    """Return Σ gamma·dy and Σ gamma·dy·(x - center)."""
+
+    def sums(part: Tensor, d: Tensor, origin: Tensor, factor: Any) -> tuple[Tensor, Tensor]:
+        d = d if factor is None else d * factor
+        first = sum_over(d, axes, center.dtype)
+        return first, sum_over((part - origin).mul_(d), axes, center.dtype)
+
+    return _summed(sums, axes, x, dy, center, gamma)
+
+
+def mapped_products(x: Tensor, dy: Tensor, affine: Affine, axes: Axes) -> list[Tensor]:
+    """Return Σ dy·((x - center)·scale + shift) and Σ dy."""
+
+    def sums(part: Tensor, d: Tensor, center: Any, scale: Any, shift: Any) -> Any:
+        z = torch.addcmul(shift, part - center, scale)
+        return sum_over(z.mul_(d), axes, scale.dtype), sum_over(d, axes, scale.dtype)
+
+    return _summed(sums, axes, x, dy, *affine)
+
+
+def output(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> Tensor:
+    """Return ((x - center)·scale + shift)·gamma + beta."""
+    if learned.is_nothing:
+        return mapped(x, affine, dtype)
+
+    def line(part: Any, *parts: Any, out: Any) -> Any:
+        center, scale, shift, gamma, beta = parts
+        z = torch.addcmul(shift, part - center, scale)
+        z = z if gamma is None else z.mul_(gamma)
+        return torch.mul(z, 1, out=out) if beta is None else torch.add(z, beta, out=out)
+
+    return _made(line, getattr(torch, dtype), x, *affine, *learned)
+
+
+def mapped(x: Tensor, affine: Affine, dtype: str) -> Tensor:
+    """Return (x - center)·scale + shift."""
+
+    def line(part: Tensor, center: Tensor, scale: Tensor, shift: Tensor, out: Any) -> Tensor:
+        return torch.addcmul(shift, part - center, scale, out=out)
+
+    return _made(line, getattr(torch, dtype), x, *affine)
+
+
+def scaled(x: Tensor, scale: Tensor, dtype: str) -> Tensor:
+    """Return x·scale."""
+
+    def line(part: Tensor, scale: Tensor, out: Any) -> Tensor:
+        return torch.mul(part, scale, out=out)
+
+    return _made(line, getattr(torch, dtype), x, scale)
+
+
+def combined(
+    x: Tensor,
+    dy: Tensor,
+    center: Tensor,
+    terms: tuple[Tensor, Tensor, Tensor],
+    weights: Tensor | None = None,
+    gamma: Tensor | None = None,
+) -> Tensor:
+    """Return gamma·dy·a + w·((x - center)·b + c), in the dtype of x, for the terms a, b, c."""
+
+    def line(part: Any, d: Any, origin: Any, w: Any, g: Any, *terms: Any, out: Any) -> Tensor:
+        a, b, c = terms
+        values = weighted(torch.addcmul(c, part - origin, b), w)
+        return torch.addcmul(values, d if g is None else d * g, a, out=out)
+
+    return _made(line, x.dtype, x, dy, center, weights, gamma, *terms)
+
+
+def weighted(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Return w·values; 0 where w is 0, whatever stood there."""
+    return values if weights is None else torch.where(weights > 0, values * weights, 0)
+
+
+def _made(line: Callable[..., Tensor], dtype: torch.dtype, x: Tensor, *others: Any) -> Tensor:
+    """Return what a function makes of x and others, in the dtype."""
+    if _is_whole(x):
+        return line(x, *others, out=None).to(dtype)
+    y = torch.empty_like(x, dtype=dtype)
+    for out, *parts in _pieces(_cut(x), y, x, *others):
+        line(*parts, out=out)
+    return y
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """Return the dtype of the sums."""
+    dtype: torch.dtype = getattr(torch, statistics_dtype(str(x.dtype).removeprefix("torch.")))
+    return dtype
+
+
+def _is_whole(x: Tensor) -> bool:
+    """Say whether x goes in one piece."""
+    if torch.compiler.is_compiling():
+        return True
+    return bool(x.device.type != "cpu" or x.numel() <= _PIECE)
+
+
+def _cut(x: Tensor) -> tuple[int, int]:
+    """Return the axis along which to cut, the outermost in memory, and the length of a piece."""
+    if _is_whole(x):
+        return 0, x.shape[0]
+    axis = max(range(x.ndim), key=lambda axis: x.stride(axis) * (x.shape[axis] > 1))
+    return axis, max(1, x.shape[axis] * _PIECE // x.numel())
+
+
+def _pieces(cut: tuple[int, int], x: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Return the pieces of x beside those of the others, which may be broadcast, or None."""
+    axis, length = cut
+    size = x.shape[axis]
+    if length >= size:
+        return iter([(x, *others)])
+    split = (
+        repeat(other) if other is None or other.shape[axis] != size else other.split(length, axis)
+        for other in others
+    )
+    return zip(x.split(length, axis), *split, strict=False)
+
+
+def _summed(
+    sums: Callable[..., tuple[Tensor, ...]], axes: Axes, x: Tensor, *others: Any
+) -> list[Tensor]:
+    """Return what a function sums of x and others; of the pieces, added or side by side."""
+    axis, length = cut = _cut(x)
+    if length >= x.shape[axis]:
+        return list(sums(x, *others))
+    parts = [sums(*pieces) for pieces in _pieces(cut, x, *others)]
+    joined = [torch.cat(values, axis) for values in zip(*parts, strict=True)]
+    return [sum_over(part, (axis,), part.dtype) for part in joined] if axis in axes else joined
