@@ -109,8 +109,9 @@ class BatchNormalization(BatchStatistics):
         Ioffe, Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
         Internal Covariate Shift", 2015, https://arxiv.org/abs/1502.03167, algorithm 1; `unbiased`
         is its algorithm 2.
-        Hoffer, Hubara, Soudry, "Train longer, generalize better", 2017,
-        https://arxiv.org/abs/1705.08741, algorithm 1: ghosts.
+        Hoffer, Hubara, Soudry, "Train longer, generalize better: closing the generalization gap in
+        large batch training of neural networks", 2017, https://arxiv.org/abs/1705.08741,
+        algorithm 1: ghosts.
     """
 
     # Keras 2 wrote these: `fused` chose a kernel, the other is off.

@@ -148,7 +148,7 @@ FAULTS = {
         "core/estimators.py",
         "return 0.0 if momentum is None else",
         "return 0.0 if momentum is not None else",
-        STATISTICS + " -k 'count_as_settled and list'",
+        "tests/layers/test_counts.py -k 'count_as_settled and list'",
     ),
     "ghosts of neighbouring samples": Fault(
         "core/pooling.py",
