@@ -22,6 +22,7 @@ from keras_bn import (
 
 # Few shapes, shared by many rows: each new one costs a compilation of every operation in JAX.
 TABLE, SEQUENCE, IMAGE, FIRST = (8, 6), (4, 5, 6), (3, 4, 5, 6), (3, 6, 4, 5)
+NINE = (9, 6)
 VIDEO = (2, 3, 2, 3, 6)
 
 
@@ -63,6 +64,8 @@ class Case:
     @property
     def stock(self) -> type[keras.layers.Layer] | None:
         """The layer that Keras has for it, if that knows the options."""
+        if self.options.get("momentum", 0) is None:
+            return None
         stock = getattr(keras.layers, self.layer.__name__, None)
         known = () if stock is None else inspect.signature(stock).parameters
         return stock if set(self.options) <= set(known) else None
@@ -99,6 +102,7 @@ BATCH_PARTS = PARTS | {
 BARE = {"center": False, "scale": False}
 CLIPPING = {"rmin": 0.5, "rmax": 1.5, "dmax": 0.3}
 WARM = {"rmax_steps": None, "dmax_steps": None}
+GHOSTS = {"virtual_batch_size": 2}
 RAMPS = {"rmax_steps": (0, 9), "dmax_steps": (2, 4)}
 
 CASES = [
@@ -133,6 +137,33 @@ CASES = [
     Case("renormalization-two-axes", BatchRenormalization, {"axis": (1, 3), **WARM}),
     Case("renormalization-bare", BatchRenormalization, {**BARE, **WARM, "momentum": 0.5}, TABLE),
     Case("renormalization-parts", BatchRenormalization, {**BATCH_PARTS, "rmax": 1.5}, TABLE),
+    Case("debiased", BatchNormalization, {"debias": True}),
+    Case("debiased-two-axes", BatchNormalization, {"debias": True, "axis": (-1, 1)}),
+    Case("debiased-renorm", BatchNormalization, {"debias": True, "renorm": True}),
+    Case("debiased-renormalization", BatchRenormalization, {"debias": True, **WARM}),
+    Case("cumulative", BatchNormalization, {"momentum": None}),
+    Case("cumulative-unbiased", BatchNormalization, {"momentum": None, "unbiased": True}, TABLE),
+    Case("cumulative-renorm", BatchNormalization, {"momentum": None, "renorm": True}, TABLE),
+    Case("cumulative-renormalization", BatchRenormalization, {"momentum": None, **WARM}),
+    Case("unbiased", BatchNormalization, {"unbiased": True}),
+    Case("unbiased-renorm", BatchNormalization, {"unbiased": True, "renorm": True}, TABLE),
+    Case("unbiased-renormalization", BatchRenormalization, {"unbiased": True, **WARM}, TABLE),
+    Case("ghost", BatchNormalization, GHOSTS),
+    Case("ghost-rank-2", BatchNormalization, {"virtual_batch_size": 4}, TABLE),
+    Case("ghost-rank-2-uneven", BatchNormalization, {"virtual_batch_size": 5}, NINE),
+    Case("ghost-first", BatchNormalization, {"axis": 1, **GHOSTS}, FIRST),
+    Case("ghost-two-axes", BatchNormalization, {"axis": (1, 3), **GHOSTS}),
+    Case(
+        "ghost-all-but-batch",
+        BatchNormalization,
+        {"axis": (1, 2), "virtual_batch_size": 5},
+        (9, 5, 6),
+    ),
+    Case("ghost-one-sample", BatchNormalization, {"virtual_batch_size": 1}),
+    Case("ghost-whole", BatchNormalization, {"virtual_batch_size": 64}, TABLE),
+    Case("ghost-renorm", BatchNormalization, {**GHOSTS, "renorm": True}),
+    Case("ghost-renormalization", BatchRenormalization, {**GHOSTS, **WARM}),
+    Case("ghost-all", BatchNormalization, {**GHOSTS, "debias": True, "unbiased": True, **BARE}),
     Case("group", GroupNormalization, {"groups": 2}),
     Case("group-rank-2", GroupNormalization, {"groups": 2}, TABLE),
     Case("group-rank-3", GroupNormalization, {"groups": 3}, SEQUENCE),
@@ -177,6 +208,7 @@ LAYOUTS = [
     *PATHS,
     *named("batch-first", "batch-bare", "renormalization-first", "renormalization-bare"),
     *named("group-rank-2", "group-first", "group-instance", "instance", "layer-first"),
+    *named("debiased-renorm", "cumulative", "ghost", "ghost-rank-2-uneven"),
 ]
 
 
@@ -217,6 +249,8 @@ MASKED = [
         (case, form)
         for case in named("batch-rank-3", "batch-rank-5", "batch-two-axes", "batch-one-channel")
         + named("renorm-clipped", "renormalization", "group", "group-instance")
+        + named("debiased-two-axes", "cumulative", "unbiased", "ghost", "ghost-renormalization")
+        + named("ghost-rank-2", "ghost-rank-2-uneven")
         for form in (MASKS[0], MASKS[2], MASKS[-1])
     ),
 ]
@@ -285,6 +319,8 @@ class Wrong:
 
 POSITIVE = "a finite number, at least 0"
 SHARE = "a finite number, in [0, 1]"
+MOMENTUM = f"None, or {SHARE}"
+SIZE = "None, or a positive integer"
 AT_LEAST_1 = "a finite number, at least 1"
 AXES = "an integer, or a tuple of different integers"
 ONCE = " Name each axis that is kept once."
@@ -300,8 +336,10 @@ OUT_OF_RANGE = [
     *((layer, "epsilon", "negative", -1, POSITIVE) for layer in (B, R, G)),
     *((layer, "epsilon", "nan", np.nan, POSITIVE) for layer in (B, R, G)),
     (B, "epsilon", "infinite", np.inf, POSITIVE),
-    *((layer, "momentum", "above-1", 1.5, SHARE) for layer in (B, R)),
-    *((layer, "momentum", "negative", -0.1, SHARE) for layer in (B, R)),
+    *((layer, "momentum", "above-1", 1.5, MOMENTUM) for layer in (B, R)),
+    *((layer, "momentum", "negative", -0.1, MOMENTUM) for layer in (B, R)),
+    *((layer, "virtual_batch_size", "zero", 0, SIZE) for layer in (B, R)),
+    (B, "virtual_batch_size", "negative", -8, SIZE),
     (B, "renorm_momentum", "above-1", 1.01, SHARE),
     *((layer, "axis", "twice", (1, 1), AXES, ONCE) for layer in (B, R)),
     *((layer, "axis", "none", (), AXES, ONCE) for layer in (B, R)),
@@ -319,7 +357,12 @@ OUT_OF_RANGE = [
 WRONG_KIND = [
     *((layer, "epsilon", "text", "1e-3", POSITIVE) for layer in (B, R, G)),
     (B, "epsilon", "flag", True, POSITIVE),
-    (B, "momentum", "none", None, SHARE),
+    (B, "momentum", "text", "0.9", MOMENTUM),
+    (B, "renorm_momentum", "none", None, SHARE),
+    *((layer, "debias", "number", 2, FLAG) for layer in (B, R)),
+    *((layer, "unbiased", "none", None, FLAG) for layer in (B, R)),
+    *((layer, "virtual_batch_size", "fraction", 8.5, SIZE) for layer in (B, R)),
+    (B, "virtual_batch_size", "flag", True, SIZE),
     *((layer, "center", "number", 2, FLAG) for layer in (B, R, G)),
     (B, "scale", "text", "yes", FLAG),
     (B, "scale", "none", None, FLAG),
@@ -419,6 +462,16 @@ WRONG_SHAPES = [
         G,
         {"groups": 2, "axis": 0},
         "`axis` must be an axis other than 0, the batch's. Received: axis=0, input_shape=(8, 6).",
+    ),
+    *(
+        Wrong(
+            f"{layer.__name__}-ghosts-{axis}",
+            layer,
+            {"axis": axis, "virtual_batch_size": 4},
+            "`axis` must be other than 0, the batch's, where `virtual_batch_size` splits it. "
+            f"Received: axis={axis}, virtual_batch_size=4, input_shape=(8, 6).",
+        )
+        for layer, axis in ((B, 0), (B, -2), (B, (0, 1)), (R, 0))
     ),
     *(
         Wrong(

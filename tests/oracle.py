@@ -11,6 +11,7 @@ import numpy as np
 from keras_bn.kernels import reference
 
 Arrays = dict[str, np.ndarray]
+UNLIMITED = (("rmax", np.inf), ("dmax", np.inf))
 
 
 @dataclass
@@ -116,20 +117,47 @@ def _rms(layer, weights, x, dy, training, mask) -> Expected:
 
 
 def _batch(layer, weights, x, dy, training, mask) -> Expected:
+    size = layer.virtual_batch_size or len(x)
+    if not training or len(x) <= size:
+        return _whole(layer, weights, x, dy, training, mask)
+    return _ghosts(layer, weights, x, dy, mask, -(-len(x) // size))
+
+
+def _ghosts(layer, weights, x, dy, mask, number) -> Expected:
+    """Normalize each ghost by its own moments, and keep what all of them together have."""
+    kept = _kept(layer, x.ndim)
+    pooled = tuple(axis for axis in range(x.ndim) if axis not in kept)
+    mask = np.broadcast_to(1.0 if mask is None else mask, x.shape)
+    y, dx, gradients, parts = np.empty_like(x), np.empty_like(x), [], []
+    for ghost in (np.s_[i::number] for i in range(number)):
+        found = _whole(layer, weights, x[ghost], dy[ghost], True, mask[ghost])
+        y[ghost], dx[ghost] = found.y, found.dx
+        gradients.append(found.gradients)
+        parts.append(reference.moments(x[ghost], pooled, mask[ghost]))
+    sums = {name: sum(one[name] for one in gradients) for name in gradients[0]}
+    w = {name: _spread(value, x.shape, kept) for name, value in weights.items() if value.ndim}
+    whole = reference.merge(parts)
+    return Expected(y, dx, sums, _kept_after(layer, weights, w, whole, _known(whole))[2])
+
+
+def _known(exact) -> np.ndarray:
+    return (exact.count > 0) & np.isfinite(exact.mean) & np.isfinite(exact.m2)
+
+
+def _whole(layer, weights, x, dy, training, mask) -> Expected:
     kept = _kept(layer, x.ndim)
     pooled = tuple(axis for axis in range(x.ndim) if axis not in kept)
     w = {name: _spread(value, x.shape, kept) for name, value in weights.items() if value.ndim}
     gamma, beta = w.get("gamma", np.float64(1)), w.get("beta", np.float64(0))
     epsilon = layer.epsilon
     exact = reference.moments(x, pooled, mask)
-    known = (exact.count > 0) & np.isfinite(exact.mean) & np.isfinite(exact.m2)
     use_batch = training & (np.broadcast_to(exact.count, exact.mean.shape) > 0)
     if not training or not np.any(use_batch):
         scale = 1 / np.sqrt(w["moving_variance"] + epsilon)
         z = (x - w["moving_mean"]) * scale
         sums = {"gamma": (dy * z).sum(pooled), "beta": dy.sum(pooled)}
         return Expected(gamma * z + beta, dy * gamma * scale, _present(sums, weights), weights)
-    r, d, state = _kept_after(layer, weights, w, exact, known)
+    r, d, state = _kept_after(layer, weights, w, exact, _known(exact))
     options = {"gamma": gamma, "epsilon": epsilon, "weights": mask, "r": r, "d": d}
     y = reference.normalize(x, pooled, beta=beta, **options)
     dx, d_gamma, d_beta = reference.gradients(x, dy, pooled, **options)
@@ -139,37 +167,88 @@ def _batch(layer, weights, x, dy, training, mask) -> Expected:
 
 def _kept_after(layer, weights, w, exact, known) -> tuple[Any, Any, Arrays]:
     """Return r, d and the weights after a training step."""
-    epsilon, stddev = layer.epsilon, np.sqrt(exact.variance + layer.epsilon)
+    epsilon, new = layer.epsilon, {}
+    variance = _variance_to_keep(layer, exact)
+    stddev = np.sqrt(variance + epsilon)
 
-    def moved(old, new, momentum):
-        return np.where(known, old * momentum + new * (1 - momentum), old)
+    def moved(name, value, share):
+        return np.where(known, w[name] * share + value * (1 - share), w[name])
 
-    new = {"moving_mean": moved(w["moving_mean"], exact.mean, layer.momentum)}
-    r, d = 1.0, 0.0
+    r, d = _correction(layer, weights, w, exact)
+    share = _share(layer.momentum, "moving_count", w, exact, known, new)
+    new["moving_mean"] = moved("moving_mean", exact.mean, share)
     if type(layer).__name__ == "BatchRenormalization":
-        kept = np.sqrt(w["moving_variance"] + epsilon)
-        r_max = _ramp(weights["step"], 1.0, layer.rmax, layer.rmax_steps)
-        d_max = _ramp(weights["step"], 0.0, layer.dmax, layer.dmax_steps)
-        r = np.clip(stddev / kept, 1 / r_max, r_max)
-        d = np.clip((exact.mean - w["moving_mean"]) / kept, -d_max, d_max)
-        variance = np.maximum(moved(kept, stddev, layer.momentum) ** 2 - epsilon, 0)
+        old = np.sqrt(w["moving_variance"] + epsilon)
+        variance = np.maximum((old * share + stddev * (1 - share)) ** 2 - epsilon, 0)
         new["moving_variance"] = np.where(known, variance, w["moving_variance"])
         new["step"] = weights["step"] + np.any(known)
     elif layer.renorm:
-        limits = layer.renorm_clipping or {}
-        limit = {key: np.inf if value is None else value for key, value in limits.items()}
-        kept = np.maximum(w["renorm_stddev"], np.sqrt(epsilon))
-        r = np.clip(stddev / kept, limit.get("rmin", 0), limit.get("rmax", np.inf))
-        d_max = limit.get("dmax", np.inf)
-        d = np.clip((exact.mean - w["renorm_mean"]) / kept, -d_max, d_max)
-        new["renorm_mean"] = moved(w["renorm_mean"], exact.mean, layer.renorm_momentum)
-        new["renorm_stddev"] = moved(w["renorm_stddev"], stddev, layer.renorm_momentum)
-        new["moving_stddev"] = moved(w["moving_stddev"], stddev, layer.momentum)
+        renorm_share = _share(layer.renorm_momentum, "renorm_count", w, exact, known, new)
+        new["renorm_mean"] = moved("renorm_mean", exact.mean, renorm_share)
+        new["renorm_stddev"] = moved("renorm_stddev", stddev, renorm_share)
+        new["moving_stddev"] = moved("moving_stddev", stddev, share)
         variance = np.maximum(new["moving_stddev"] ** 2 - epsilon, 0)
         new["moving_variance"] = np.where(known, variance, w["moving_variance"])
+    elif layer.momentum is None:
+        new |= _merged(layer, w, exact, known)
     else:
-        new["moving_variance"] = moved(w["moving_variance"], exact.variance, layer.momentum)
+        new["moving_variance"] = moved("moving_variance", variance, share)
     return r, d, {**weights, **{k: np.reshape(v, weights[k].shape) for k, v in new.items()}}
+
+
+def _correction(layer, weights, w, exact) -> tuple[Any, Any]:
+    """Return r and d: 1 and 0 without renormalization, and before anything is counted."""
+    stddev = np.sqrt(exact.variance + layer.epsilon)
+    if type(layer).__name__ == "BatchRenormalization":
+        mean, kept = w["moving_mean"], np.sqrt(w["moving_variance"] + layer.epsilon)
+        r_max = _ramp(weights["step"], 1.0, layer.rmax, layer.rmax_steps)
+        d_max = _ramp(weights["step"], 0.0, layer.dmax, layer.dmax_steps)
+        r_min, count = 1 / r_max, w.get("moving_count", 1)
+    elif layer.renorm:
+        mean, kept = w["renorm_mean"], np.maximum(w["renorm_stddev"], np.sqrt(layer.epsilon))
+        limits = layer.renorm_clipping or {}
+        limit = {key: np.inf if value is None else value for key, value in limits.items()}
+        r_min, r_max, d_max = (limit.get(k, v) for k, v in (("rmin", 0), *UNLIMITED))
+        count = w.get("renorm_count", 1)
+    else:
+        return 1.0, 0.0
+    r = np.clip(stddev / kept, r_min, r_max)
+    d = np.clip((exact.mean - mean) / kept, -d_max, d_max)
+    nothing = np.equal(count, 0)
+    return np.where(nothing, 1.0, r), np.where(nothing, 0.0, d)
+
+
+def _degrees_of_freedom(count) -> Any:
+    """Return count - 1, but at least the count itself or 1, whichever is less."""
+    return np.maximum(count - 1, np.minimum(count, 1))
+
+
+def _variance_to_keep(layer, exact) -> Any:
+    if not layer.unbiased:
+        return exact.variance
+    divisor = _degrees_of_freedom(exact.count)
+    return exact.m2 / np.where(divisor > 0, divisor, 1)
+
+
+def _share(momentum, name, w, exact, known, new) -> Any:
+    """Return the share of the old statistics; add the count to `new` where there is one."""
+    if name not in w:
+        return momentum
+    weight = exact.count if momentum is None else 1.0
+    total = w[name] * (1.0 if momentum is None else momentum) + weight
+    new[name] = np.where(known, total, w[name])
+    return 1 - weight / np.where(total > 0, total, 1)
+
+
+def _merged(layer, w, exact, known) -> Arrays:
+    """Return the moments of all samples so far."""
+    count, mean, variance = w["moving_count"], w["moving_mean"], w["moving_variance"]
+    divisor = _degrees_of_freedom(count) if layer.unbiased else count
+    whole = reference.merge([reference.Exact(count, mean, variance * divisor), exact])
+    return {
+        "moving_mean": np.where(known, whole.mean, mean),
+        "moving_variance": np.where(known, _variance_to_keep(layer, whole), variance),
+    }
 
 
 def _ramp(step, start, end, steps) -> float:

@@ -45,7 +45,6 @@ def test_unknown_option_is_refused():
 
 
 LEGACY = {
-    "virtual_batch_size": (8, "(None,)"),
     "adjustment": ("f", "(None,)"),
     "fused": ("yes", "(None, True, False)"),
 }

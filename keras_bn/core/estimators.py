@@ -5,13 +5,44 @@ from typing import NamedTuple
 from keras import ops
 from keras.backend import standardize_dtype
 
-from keras_bn.core.moments import Moments, is_static
+from keras_bn.core.moments import Moments, is_static, positive
 from keras_bn.types import Tensor
 
 
 def moving_average(old: Tensor, new: Tensor, momentum: float) -> Tensor:
     """Return old·momentum + new·(1 - momentum)."""
     return old * momentum + new * (1.0 - momentum)
+
+
+def counted_momentum(count: Tensor, new: Tensor, momentum: float | None) -> tuple[Tensor, Tensor]:
+    """Return the new count of a moving average, and the old average's share in the new one.
+
+    The count is the sum of the weights in the average. With `momentum` the new batch has weight 1
+    and all others fade: after t steps the count is (1 - momentum^t) / (1 - momentum), batch i has
+    the share momentum^(t-i) / count, and the initial value none. With None the weights stay.
+
+    Args:
+        count: The sum so far; 0 for an average of nothing.
+        new: The weight of the batch.
+        momentum: By which the count fades at each step; None for 1.
+
+    Returns:
+        The new count, and a share in [0, 1].
+    """
+    total = (count if momentum is None else count * momentum) + new
+    # The rounding of the sum fades as fast as what it sums, and all shares keep the sum 1.
+    return total, 1.0 - new / positive(total)
+
+
+def settled_count(momentum: float | None) -> float:
+    """Return the count of moving statistics that came without one.
+
+    With `momentum` it is the limit, 1 / (1 - momentum): they count as settled, and the next batch
+    has the share 1 - momentum. For a cumulative average it is 0: nobody knows of how many elements
+    they are, so they serve until the next batch takes their place.
+    """
+    # At momentum 1 they never move; 1 / 0 would turn the share into NaN.
+    return 0.0 if momentum is None else 1.0 / max(1.0 - momentum, 2.0**-126)
 
 
 def linear_ramp(
@@ -55,7 +86,12 @@ class Limits(NamedTuple):
 
 
 def renorm_correction(
-    moments: Moments, stddev: Tensor, mean_kept: Tensor, stddev_kept: Tensor, limits: Limits
+    moments: Moments,
+    stddev: Tensor,
+    mean_kept: Tensor,
+    stddev_kept: Tensor,
+    limits: Limits,
+    count_kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return r and d, which correct a batch towards the kept statistics; constants for gradients.
 
@@ -67,6 +103,7 @@ def renorm_correction(
         mean_kept: The kept mean [x].
         stddev_kept: The kept standard deviation, positive [x].
         limits: How far the correction may go.
+        count_kept: Where it is 0 nothing is kept yet, and nothing corrected; None for anywhere.
 
     Returns:
         r and d, without unit.
@@ -82,7 +119,8 @@ def renorm_correction(
         r = -at_least(-r, -limits.rmax)
     if limits.dmax is not None:
         d = at_least(-at_least(-d, -limits.dmax), -limits.dmax)
-    if not is_static(moments.count):
-        filled = moments.count > 0
+    counts = [c for c in (moments.count, count_kept) if c is not None and not is_static(c)]
+    for count in counts:
+        filled = count > 0
         r, d = ops.where(filled, r, ops.ones_like(r)), ops.where(filled, d, ops.zeros_like(d))
     return ops.stop_gradient(r), ops.stop_gradient(d)

@@ -46,6 +46,11 @@ class Moments(NamedTuple):
         """The biased variance, m2 / count [x²]; 0 for an empty set."""
         return self.m2 / positive(self.count)
 
+    @property
+    def unbiased_variance(self) -> Tensor:
+        """The variance of what the set is a sample of, m2 / (count - 1) [x²]."""
+        return self.m2 / positive(degrees_of_freedom(self.count))
+
 
 def is_static(count: Tensor) -> bool:
     """Say whether a count is a Python number, known before the call."""
@@ -55,6 +60,18 @@ def is_static(count: Tensor) -> bool:
 def positive(count: Tensor) -> Tensor:
     """Return the count with 1 in place of 0, to divide sums of empty sets (which are 0) by."""
     return max(count, 1) if is_static(count) else ops.where(count > 0, count, ops.ones_like(count))
+
+
+def degrees_of_freedom(count: Tensor) -> Tensor:
+    """Return the count less 1; 1 for a count from 1 to 2, and a smaller count itself.
+
+    So a single element keeps its variance of 0, and weights that sum to little more than 1 do not
+    blow theirs up.
+    """
+    if is_static(count):
+        return max(count - 1, min(count, 1))
+    some = ops.where(count < 1, count, ops.ones_like(count))
+    return ops.where(count > 2, count - 1, some)
 
 
 def is_known(moments: Moments) -> Tensor:
@@ -102,7 +119,7 @@ def merge(parts: Moments, total: Callable[[Tensor], Tensor]) -> Moments:
     Returns:
         The merged moments, in the shape that `total` gives.
     """
-    counts = parts.count * ops.ones_like(parts.pivot)
+    counts = _counted(parts).count
     count = total(counts)
     # Divided before the sum, which gives all parts the same number; a division after it need not:
     # vectorized and scalar divisions round differently (TensorFlow 2.21).
@@ -112,3 +129,16 @@ def merge(parts: Moments, total: Callable[[Tensor], Tensor]) -> Moments:
     offset = total(counts * distance) / positive(count)
     m2 = total(parts.m2 + counts * ops.square(distance - offset))
     return Moments(count, pivot, offset, m2)
+
+
+def union(first: Moments, second: Moments) -> Moments:
+    """Return the moments of two sets together."""
+    pairs = zip(_counted(first), _counted(second), strict=True)
+    parts = Moments(*(ops.stack(pair) for pair in pairs))
+    merged = merge(parts, lambda array: ops.sum(array, axis=0, keepdims=True))
+    return Moments(*(part[0] for part in merged))
+
+
+def _counted(moments: Moments) -> Moments:
+    """Return the moments with a count for each set."""
+    return moments._replace(count=moments.count * ops.ones_like(moments.pivot))

@@ -1,4 +1,4 @@
-"""Which axes, groups and masked elements belong together."""
+"""Which axes, groups, slices of the batch and masked elements belong together."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -105,3 +105,52 @@ def group_total(axis: int, channels: int, groups: int) -> Callable[[Tensor], Ten
         return join_groups(sums, axis, channels)
 
     return total
+
+
+class Ghosts(NamedTuple):
+    """Slices of a batch that are pooled one by one: sample i belongs to ghost i mod `number`.
+
+    Attributes:
+        samples: Number of samples, along the first axis.
+        number: Number of ghosts, at least 1.
+        size: Number of samples in the first ghost; the others have as many or one less.
+    """
+
+    samples: Tensor
+    number: Tensor
+    size: Tensor
+
+    @property
+    def are_full(self) -> bool:
+        """Whether all ghosts are known to have the same size."""
+        missing = self.size * self.number - self.samples
+        return isinstance(missing, int) and missing == 0
+
+    def split(self, array: Tensor) -> Tensor:
+        """Split the samples into (size, number), filled up with zeros."""
+        shape = ops.shape(array)
+        if not self.are_full:
+            missing = self.size * self.number - self.samples
+            array = ops.concatenate([array, ops.zeros((missing, *shape[1:]), array.dtype)])
+        return ops.reshape(array, (self.size, self.number, *shape[1:]))
+
+    def join(self, array: Tensor) -> Tensor:
+        """Undo `split`."""
+        shape = ops.shape(array)
+        joined = ops.reshape(array, (self.size * self.number, *shape[2:]))
+        return ops.reshape(joined[: self.samples], (self.samples, *shape[2:]))
+
+    def total(self, array: Tensor) -> Tensor:
+        """Sum over the samples of a ghost, given back to each of them."""
+        split = self.split(array)
+        sums = ops.sum(split, axis=0, keepdims=True)
+        return self.join(ops.broadcast_to(sums, ops.shape(split)))
+
+
+def ghosts_of(x: Tensor, size: int) -> Ghosts:
+    """Return the fewest ghosts of at most `size` samples each, whose sizes are all but equal."""
+    samples = ops.shape(x)[0]
+    # The size is a tensor where it is not known before the call.
+    largest = max if x.shape[0] is not None else ops.maximum
+    number = (largest(samples, 1) - 1) // size + 1
+    return Ghosts(samples, number, -(-samples // number))

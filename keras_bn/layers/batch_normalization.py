@@ -7,7 +7,7 @@ from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_bn.core.estimators import Limits, at_least, renorm_correction
-from keras_bn.core.moments import Moments
+from keras_bn.core.moments import Moments, degrees_of_freedom, union
 from keras_bn.layers.batch_statistics import BatchStatistics
 from keras_bn.types import Shape, Tensor
 
@@ -24,8 +24,19 @@ class BatchNormalization(BatchStatistics):
     and otherwise (`training` False, None, or `trainable=False`) with the moving statistics in
     place of the batch's.
 
-    Pools: batch and space.
-    Keeps: moving mean and variance, in float32 at least under any dtype policy.
+    The moving statistics start at an initial value that fades slowly: of it, momentum^t is left
+    after t steps. With `debias=True` none is: batch i has the share momentum^(t-i) / Σ momentum^j,
+    j from 0 to t - 1, so they are right from the first step and soon the same as without. With
+    `momentum=None` they are the mean and the variance of all that was seen, merged exactly.
+
+    With `virtual_batch_size` a training batch falls into ghosts, ⌈batch / virtual_batch_size⌉ of
+    them: sample i belongs to ghost i mod their number, so their sizes differ by 1 at most. Each is
+    normalized by its own mean and variance; the moving statistics take up those of the whole
+    batch. Inference knows no ghosts.
+
+    Pools: batch and space; with `virtual_batch_size`, slices of the batch and space.
+    Keeps: moving mean and variance, in float32 at least under any dtype policy; with `debias` or
+        `momentum=None` also a count, the sum of the weights that stand behind them.
 
     A batch that is empty or masked out as a whole is normalized with the moving statistics and
     leaves them as they are. A channel with a NaN or an infinity shows it in its output; its moving
@@ -33,7 +44,8 @@ class BatchNormalization(BatchStatistics):
 
     Args:
         axis: The axis that is kept, or a tuple of those that are kept; all others are pooled.
-        momentum: Share of the old moving statistics at each step, in [0, 1].
+        momentum: Share of the old moving statistics at each step, in [0, 1]; None for a cumulative
+            average, in which every element counts the same.
         epsilon: Added to the variance [x²].
         center: Whether to add beta.
         scale: Whether to multiply by gamma.
@@ -52,6 +64,11 @@ class BatchNormalization(BatchStatistics):
         renorm_momentum: Share of the old statistics of `renorm` at each step, in [0, 1].
         synchronized: Whether statistics shall be taken over all replicas. Stored; this version
             does not communicate yet.
+        debias: Whether to take the initial value out of the moving statistics, those of `renorm`
+            too. What is stored is the corrected value.
+        unbiased: Whether the moving variance takes up m2 / (count - 1) instead of m2 / count; of a
+            single element, 0. The batch itself is normalized by the biased variance in any case.
+        virtual_batch_size: Number of samples in the largest ghost; None for the whole batch.
         axis_name: Name of the mapped axis of replicas in JAX. Stored, like `synchronized`.
         **kwargs: `name`, `dtype`, `trainable`.
 
@@ -66,8 +83,9 @@ class BatchNormalization(BatchStatistics):
         Input and output the same. gamma, beta and the statistics have the shape of the kept axes.
 
     Raises:
-        ValueError: An option out of range; in `build`, an axis that the input lacks, or a kept
-            axis of unknown size; in the call, a mask that does not fit.
+        ValueError: An option out of range; in `build`, an axis that the input lacks, a kept axis of
+            unknown size, or ghosts of a batch axis that is kept; in the call, a mask that does not
+            fit.
         TypeError: An option of the wrong kind.
 
     Example:
@@ -80,25 +98,32 @@ class BatchNormalization(BatchStatistics):
 
     Differences:
         To Keras: statistics are right far from 0, under masks and in half precision; `axis` may be
-        a tuple. To PyTorch: the moving variance is the biased one, and `momentum` is the old
-        statistics' share.
+        a tuple. Weights and files of a layer without a count, of Keras' own too, load into one
+        that counts, and back: they then stand for settled statistics, or, with `momentum=None`,
+        serve until the first step. To Keras 2: ghosts need not divide the batch, inference does
+        not split it, and the moving variance includes that between ghosts. To PyTorch: the moving
+        variance is the biased one, `momentum` is the old statistics' share, and its None merges
+        all elements, where PyTorch averages the variances of batches.
 
     References:
         Ioffe, Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
-        Internal Covariate Shift", 2015, https://arxiv.org/abs/1502.03167, algorithm 1.
+        Internal Covariate Shift", 2015, https://arxiv.org/abs/1502.03167, algorithm 1; `unbiased`
+        is its algorithm 2.
+        Hoffer, Hubara, Soudry, "Train longer, generalize better: closing the generalization gap in
+        large batch training of neural networks", 2017, https://arxiv.org/abs/1705.08741,
+        algorithm 1: ghosts.
     """
 
-    # Keras 2 wrote these: `fused` chose a kernel, the other two are off.
+    # Keras 2 wrote these: `fused` chose a kernel, the other is off.
     _legacy_options: ClassVar[dict[str, tuple[Any, ...]]] = {
         "fused": (None, True, False),
         "adjustment": (None,),
-        "virtual_batch_size": (None,),
     }
 
     def __init__(
         self,
         axis: int | Iterable[int] = -1,
-        momentum: float = 0.99,
+        momentum: float | None = 0.99,
         epsilon: float = 1e-3,
         center: bool = True,
         scale: bool = True,
@@ -115,6 +140,9 @@ class BatchNormalization(BatchStatistics):
         renorm_momentum: float = 0.99,
         synchronized: bool = False,
         *,
+        debias: bool = False,
+        unbiased: bool = False,
+        virtual_batch_size: int | None = None,
         axis_name: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -130,7 +158,10 @@ class BatchNormalization(BatchStatistics):
         self.renorm_stddev = self._add_statistic("renorm_stddev", self._initial_stddev)
         limits = (self.renorm_clipping or {}).values()
         is_scheduled = any(isinstance(limit, LearningRateSchedule) for limit in limits)
-        self.step = self._add_step() if is_scheduled else None
+        if is_scheduled:
+            self.step = self._add_step()
+        if self.debias:
+            self.renorm_count = self._add_count("renorm_count", self.renorm_momentum)
 
     def _initial_stddev(self, shape: Shape, dtype: str | None = None) -> Tensor:
         return ops.sqrt(self.moving_variance_initializer(shape, dtype=dtype))
@@ -142,17 +173,39 @@ class BatchNormalization(BatchStatistics):
         mean, stddev = (self._spread(v, dtype) for v in (self.renorm_mean, self.renorm_stddev))
         # The initial value may be 0.
         stddev = at_least(stddev, self.epsilon**0.5)
-        return renorm_correction(batch, self._stddev(batch), mean, stddev, self._limits(dtype))
+        count = self._spread_count(self.renorm_count, dtype)
+        own = self._stddev(batch.variance)
+        return renorm_correction(batch, own, mean, stddev, self._limits(dtype), count)
 
     def _update(self, batch: Moments, known: Tensor) -> None:
-        self._move(self.moving_mean, batch.mean, self.momentum, known)
-        if not self.renorm:
-            self._move(self.moving_variance, batch.variance, self.momentum, known)
+        if self.renorm:
+            self._update_renorm(batch, known)
             return
-        stddev = self._stddev(batch)
-        self._move(self.renorm_mean, batch.mean, self.renorm_momentum, known)
-        self._move(self.renorm_stddev, stddev, self.renorm_momentum, known)
-        self._move(self.moving_stddev, stddev, self.momentum, known)
+        if self.momentum is None:
+            self._merge(batch, known)
+            return
+        momentum = self._share(self.moving_count, self.momentum, batch, known)
+        self._move(self.moving_mean, batch.mean, momentum, known)
+        self._move(self.moving_variance, self._variance_to_keep(batch), momentum, known)
+
+    def _merge(self, batch: Moments, known: Tensor) -> None:
+        """Merge the batch with all that the moving statistics stand for."""
+        dtype = batch.pivot.dtype
+        count, kept = self._spread_count(self.moving_count, dtype), self._kept_moments(dtype)
+        divisor = degrees_of_freedom(count) if self.unbiased else count
+        whole = union(kept._replace(count=count, m2=kept.m2 * divisor), batch)
+        self._move(self.moving_mean, whole.mean, 0.0, known)
+        self._move(self.moving_variance, self._variance_to_keep(whole), 0.0, known)
+        self._share(self.moving_count, None, batch, known)
+
+    def _update_renorm(self, batch: Moments, known: Tensor) -> None:
+        momentum = self._share(self.moving_count, self.momentum, batch, known)
+        renorm_momentum = self._share(self.renorm_count, self.renorm_momentum, batch, known)
+        stddev = self._stddev(self._variance_to_keep(batch))
+        self._move(self.renorm_mean, batch.mean, renorm_momentum, known)
+        self._move(self.renorm_stddev, stddev, renorm_momentum, known)
+        self._move(self.moving_mean, batch.mean, momentum, known)
+        self._move(self.moving_stddev, stddev, momentum, known)
         variance = ops.square(self.moving_stddev) - self.epsilon
         self._move(self.moving_variance, ops.relu(variance), 0.0, known)
         if self.step is not None:

@@ -30,14 +30,16 @@ class BatchRenormalization(BatchStatistics):
 
     Pools: batch and space, then corrected towards what is kept.
     Keeps: moving mean and variance (σ² - epsilon), and the number of training steps; it is a
-        weight, so the warm-up goes on under compilation and over saving and several `fit`s.
+        weight, so the warm-up goes on under compilation and over saving and several `fit`s. With
+        `debias` or `momentum=None` also a count, as in `BatchNormalization`.
 
     A batch that is empty or masked out as a whole leaves statistics and step as they are. A
     channel with a NaN or an infinity shows it in its output; its statistics do not take it up.
 
     Args:
         axis: The axis that is kept, or a tuple of those that are kept; all others are pooled.
-        momentum: Share of the old moving statistics at each step, in [0, 1].
+        momentum: Share of the old moving statistics at each step, in [0, 1]; None for a cumulative
+            average, in which each batch counts by its elements.
         epsilon: Added to the variance [x²].
         center: Whether to add beta.
         scale: Whether to multiply by gamma.
@@ -53,6 +55,11 @@ class BatchRenormalization(BatchStatistics):
         dmax: Final limit of |d|, at least 0.
         rmax_steps: Where r_max begins and ends to rise [steps]; None for `rmax` from the start.
         dmax_steps: Where d_max begins and ends to rise [steps]; None for `dmax` from the start.
+        debias: Whether to take the initial value out of the moving statistics, as in
+            `BatchNormalization`. The first step, where nothing is kept yet, is not corrected.
+        unbiased: Whether σ takes up √(m2 / (count - 1) + epsilon) instead of s.
+        virtual_batch_size: Number of samples in the largest ghost, as in `BatchNormalization`: s
+            and mean are then those of a ghost, each with its own r and d.
         **kwargs: `name`, `dtype`, `trainable`.
 
     Call arguments:
@@ -64,8 +71,9 @@ class BatchRenormalization(BatchStatistics):
         Input and output the same. gamma, beta and the statistics have the shape of the kept axes.
 
     Raises:
-        ValueError: An option out of range; in `build`, an axis that the input lacks, or a kept
-            axis of unknown size; in the call, a mask that does not fit.
+        ValueError: An option out of range; in `build`, an axis that the input lacks, a kept axis of
+            unknown size, or ghosts of a batch axis that is kept; in the call, a mask that does not
+            fit.
         TypeError: An option of the wrong kind.
 
     Example:
@@ -93,7 +101,7 @@ class BatchRenormalization(BatchStatistics):
     def __init__(
         self,
         axis: int | Iterable[int] = -1,
-        momentum: float = 0.99,
+        momentum: float | None = 0.99,
         epsilon: float = 1e-3,
         center: bool = True,
         scale: bool = True,
@@ -110,6 +118,9 @@ class BatchRenormalization(BatchStatistics):
         dmax: float = 5.0,
         rmax_steps: tuple[int, int] | None = (5_000, 40_000),
         dmax_steps: tuple[int, int] | None = (5_000, 25_000),
+        debias: bool = False,
+        unbiased: bool = False,
+        virtual_batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(locals(), **kwargs)
@@ -126,27 +137,29 @@ class BatchRenormalization(BatchStatistics):
         rmax = linear_ramp(step, 1.0, self.rmax, self.rmax_steps, dtype)
         return Limits(1.0 / rmax, rmax, linear_ramp(step, 0.0, self.dmax, self.dmax_steps, dtype))
 
-    def set_weights(self, weights: list[Any]) -> None:
-        """Set the weights; without a step, as from a BatchNormalization, the step starts at 0."""
-        missing_step = len(weights) == len(self.weights) - 1
-        super().set_weights([*weights, np.int32(0)] if missing_step else weights)
-
     def load_own_variables(self, store: Mapping[str, Any]) -> None:
         """Load from a file; without a step, as from a BatchNormalization, the step starts at 0."""
-        step = str(len(self.weights) - 1)
-        missing_step = len(store) == len(self.weights) - 1
-        super().load_own_variables({**store, step: np.int32(0)} if missing_step else store)
+        # A count has a place of its own there.
+        last = len(self.weights) - (self.moving_count is not None) - 1
+        missing_step = len(store) == last
+        super().load_own_variables({**store, str(last): np.int32(0)} if missing_step else store)
 
     def _correction(self, batch: Moments) -> tuple[Tensor, Tensor]:
         dtype = batch.pivot.dtype
         kept = self._kept_moments(dtype)
+        stddev, stddev_kept = (self._stddev(moments.variance) for moments in (batch, kept))
         limits = Limits(*(ops.cast(limit, dtype) for limit in self.limits()))
-        return renorm_correction(batch, self._stddev(batch), kept.mean, self._stddev(kept), limits)
+        count = self._spread_count(self.moving_count, dtype)
+        return renorm_correction(batch, stddev, kept.mean, stddev_kept, limits, count)
 
     def _update(self, batch: Moments, known: Tensor) -> None:
-        stddev_kept = self._stddev(self._kept_moments(batch.pivot.dtype))
-        stddev = moving_average(stddev_kept, self._stddev(batch), self.momentum)
+        momentum = share = self._share(self.moving_count, self.momentum, batch, known)
+        dtype = batch.pivot.dtype
+        if self.moving_count is not None:
+            share = self._spread(share, dtype)
+        stddev_kept = self._stddev(self._kept_moments(dtype).variance)
+        stddev = moving_average(stddev_kept, self._stddev(self._variance_to_keep(batch)), share)
         variance = ops.relu(ops.square(stddev) - self.epsilon)
-        self._move(self.moving_mean, batch.mean, self.momentum, known)
+        self._move(self.moving_mean, batch.mean, momentum, known)
         self._move(self.moving_variance, variance, 0.0, known)
         self._count_step(known)

@@ -3,15 +3,17 @@
 import warnings
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from keras_bn import kernels
 from keras_bn.core.affine import compose, standardize
 from keras_bn.core.dtypes import statistics_dtype
 from keras_bn.core.estimators import moving_average
-from keras_bn.core.moments import Moments, is_known, is_static
-from keras_bn.core.pooling import Pooling, reduced_axes
+from keras_bn.core.moments import Moments, is_known, is_static, merge
+from keras_bn.core.pooling import Ghosts, Pooling, ghosts_of, reduced_axes
 from keras_bn.layers.base import Normalization
+from keras_bn.layers.moving_count import MovingCount
 from keras_bn.types import Shape, Tensor
 
 
@@ -19,12 +21,24 @@ class BatchStatistics(Normalization):
     """A layer that normalizes by the batch in training, and by moving statistics otherwise."""
 
     def build(self, input_shape: Shape) -> None:
-        """Create gamma, beta, moving mean and moving variance."""
+        """Create gamma, beta, moving mean and moving variance, and a count where one is needed."""
+        if self.virtual_batch_size is not None and 0 in self._kept_axes(input_shape):
+            raise self._invalid(
+                "axis",
+                "other than 0, the batch's, where `virtual_batch_size` splits it",
+                self.axis,
+                virtual_batch_size=self.virtual_batch_size,
+                input_shape=input_shape,
+            )
         super().build(input_shape)
         self.moving_mean = self._add_statistic("moving_mean", self.moving_mean_initializer)
         self.moving_variance = self._add_statistic(
             "moving_variance", self.moving_variance_initializer
         )
+        is_counted = self.debias or self.momentum is None
+        self.moving_count = self._add_count("moving_count", self.momentum) if is_counted else None
+        self.renorm_count: MovingCount | None = None
+        self.step: Any = None
         self._has_warned = False
 
     def call(
@@ -37,11 +51,83 @@ class BatchStatistics(Normalization):
         if not (training and self.trainable):
             stored = compose(standardize(kept, self.epsilon), *self._learned(dtype))
             return kernels.apply(x, stored, self.compute_dtype)
-        pooling = Pooling(reduced_axes(len(x.shape), self._kept), weights)
-        y, batch = self._normalized(x, pooling, correct=self._correction, kept=kept)
-        self._warn_of_one_element(batch)
+        axes = reduced_axes(len(x.shape), self._kept)
+        ghosts = self._ghosts(x)
+        if ghosts is not None:
+            y, batch = self._normalized_ghosts(x, ghosts, Pooling(axes, weights), kept)
+        else:
+            y, batch = self._normalized_set(x, Pooling(axes, weights), kept)
         self._update(batch, is_known(batch))
         return y
+
+    def set_weights(self, weights: list[Any]) -> None:
+        """Set the weights, those of a layer that counts more or less than this one too.
+
+        A step that is missing becomes 0, a count that of settled statistics; what this layer does
+        not count is left out.
+        """
+        optional = self._optional_weights()
+        number = len(self.weights) - len(optional)
+        given = weights[number:]
+        if len(weights) < number or not self._are_optional(given):
+            super().set_weights(weights)  # which says what is wrong
+            return
+        steps = iter([value for value in given if not value.shape])
+        counts = iter([value for value in given if value.shape])
+        filled = [next(counts if value.shape else steps, value) for value in optional]
+        super().set_weights([*weights[:number], *filled])
+
+    def _optional_weights(self) -> list[Any]:
+        """Return what a step and the counts are in weights that lack them."""
+        steps = [] if self.step is None else [np.int32(0)]
+        counts = (self.moving_count, self.renorm_count)
+        return steps + [count.settled for count in counts if count is not None]
+
+    def _are_optional(self, weights: list[Any]) -> bool:
+        """Say whether these may be a step and counts, of this layer or of another."""
+        shapes = [tuple(value.shape) for value in weights]
+        counts = len(shapes) - shapes.count(())
+        return set(shapes) <= {(), self._parameter_shape} and shapes.count(()) < 2 and counts < 3
+
+    def _ghosts(self, x: Tensor) -> Ghosts | None:
+        """Return how the batch is split; None where it is not."""
+        size, samples = self.virtual_batch_size, x.shape[0]
+        is_whole = size is None or (samples is not None and samples <= size)
+        return None if is_whole else ghosts_of(x, size)
+
+    def _normalized_set(self, x: Tensor, pooling: Pooling, kept: Moments) -> tuple[Tensor, Moments]:
+        """Return the corrected output and the moments of what is pooled."""
+        y, moments = self._normalized(x, pooling, correct=self._correction, kept=kept)
+        self._warn_of_one_element(moments)
+        return y, moments
+
+    def _normalized_ghosts(
+        self, x: Tensor, ghosts: Ghosts, pooling: Pooling, kept: Moments
+    ) -> tuple[Tensor, Moments]:
+        """Return the output, each ghost normalized on its own, and the moments of all together."""
+        axes, weights, _ = pooling
+        if len(axes) > 1:
+            # The input is not split: its batch need not be a multiple of anything, and what is
+            # summed over the samples of a ghost are cells, tiny beside it.
+            y, cells = self._normalized_set(x, Pooling(axes[1:], weights, ghosts.total), kept)
+            each = Moments(*(part[: ghosts.number] for part in cells))
+        else:
+            y, sets = self._normalized_set(*self._split(x, ghosts, weights), kept)
+            each = Moments(*(part if is_static(part) else part[0] for part in sets))
+            y = ghosts.join(y)
+        return y, merge(each, lambda array: ops.sum(array, axis=0, keepdims=True))
+
+    def _split(self, x: Tensor, ghosts: Ghosts, weights: Tensor | None) -> tuple[Tensor, Pooling]:
+        """Return an input without space with an axis of its own for the ghosts.
+
+        Without space each element would be a cell, and the cells as large as the input.
+        """
+        if weights is None and ghosts.are_full:
+            return ghosts.split(x), Pooling((0,))
+        if weights is None:
+            weights = ops.ones((1,) * len(x.shape), self._statistics_dtype(x))
+        weights = ops.broadcast_to(weights, (ghosts.samples, *ops.shape(weights)[1:]))
+        return ghosts.split(x), Pooling((0,), ghosts.split(weights))
 
     def _correction(self, batch: Moments) -> tuple[Tensor, Tensor] | None:
         """Return r and d, by which a training batch is corrected; None for 1 and 0."""
@@ -66,6 +152,10 @@ class BatchStatistics(Normalization):
             autocast=False,
         )
 
+    def _add_count(self, name: str, momentum: float | None) -> MovingCount:
+        dtype = statistics_dtype(self.variable_dtype)
+        return MovingCount(name, self._parameter_shape, momentum, dtype)
+
     def _add_step(self) -> Any:
         return self.add_weight(
             shape=(),
@@ -82,11 +172,35 @@ class BatchStatistics(Normalization):
         # A copy: in PyTorch it would be a view, saved for the gradient, of what a later call moves.
         return Moments(1, ops.copy(mean), ops.zeros_like(mean), variance)
 
-    def _stddev(self, moments: Moments) -> Tensor:
-        return ops.sqrt(moments.variance + self.epsilon)
+    def _stddev(self, variance: Tensor) -> Tensor:
+        return ops.sqrt(variance + self.epsilon)
 
-    def _move(self, variable: Any, new: Tensor, momentum: float, known: Tensor) -> None:
-        """Move a kept statistic towards its new value, where that is known."""
+    def _spread_count(self, count: MovingCount | None, dtype: str) -> Tensor | None:
+        return None if count is None else self._spread(count.count, dtype)
+
+    def _variance_to_keep(self, moments: Moments) -> Tensor:
+        """Return what a moving variance takes up."""
+        return moments.unbiased_variance if self.unbiased else moments.variance
+
+    def _share(
+        self, count: MovingCount | None, momentum: Any, batch: Moments, known: Tensor
+    ) -> Any:
+        """Return the share of the old statistics in the new ones, and count the batch."""
+        if count is None:
+            return momentum
+        shape = count.count.shape
+        new = batch.count * ops.ones_like(batch.pivot)
+        return count.add(ops.reshape(new, shape), ops.reshape(known, shape))
+
+    def _move(self, variable: Any, new: Tensor, momentum: Any, known: Tensor) -> None:
+        """Move a kept statistic towards its new value, where that is known.
+
+        Args:
+            variable: The statistic.
+            new: What the batch has in its place.
+            momentum: The share of the old value, one for all or in the shape of the statistic.
+            known: Whether the batch's moments may be kept.
+        """
         old = ops.convert_to_tensor(variable)
         new, known = ops.reshape(new, old.shape), ops.reshape(known, old.shape)
         moved = moving_average(old, ops.cast(new, old.dtype), momentum)

@@ -20,12 +20,14 @@ def checked(layer: str, name: str, value: Any) -> Any:
     return check(layer, name, value)
 
 
-def _number(low: float, high: float = math.inf) -> Check:
-    """Accept a finite number in [low, high]."""
+def _number(low: float, high: float = math.inf, *, optional: bool = False) -> Check:
+    """Accept a finite number in [low, high], and None if it is optional."""
     limits = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
-    expected = f"a finite number, {limits}"
+    expected = f"{'None, or ' if optional else ''}a finite number, {limits}"
 
-    def check(layer: str, name: str, value: Any) -> float:
+    def check(layer: str, name: str, value: Any) -> float | None:
+        if optional and value is None:
+            return None
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             raise invalid(layer, name, expected, value, kind=TypeError)
         number = float(value)
@@ -75,6 +77,16 @@ def _groups(layer: str, name: str, value: Any) -> int:
     return groups
 
 
+def _size(layer: str, name: str, value: Any) -> int | None:
+    expected = "None, or a positive integer"
+    if value is None:
+        return None
+    size = _integer(layer, name, expected, value)
+    if size < 1:
+        raise invalid(layer, name, expected, value)
+    return size
+
+
 def _steps(layer: str, name: str, value: Any) -> tuple[int, int] | None:
     expected = "None, or two integers (start, end) with 0 <= start <= end"
     if value is None:
@@ -121,11 +133,12 @@ CHECKS: dict[str, Check] = {
     "axis": _axis,
     "axis_name": _name,
     "center": _flag,
+    "debias": _flag,
     "dmax": _number(0.0),
     "dmax_steps": _steps,
     "epsilon": _number(0.0),
     "groups": _groups,
-    "momentum": _number(0.0, 1.0),
+    "momentum": _number(0.0, 1.0, optional=True),
     "renorm": _flag,
     "renorm_clipping": _clipping,
     "renorm_momentum": _number(0.0, 1.0),
@@ -133,6 +146,8 @@ CHECKS: dict[str, Check] = {
     "rmax_steps": _steps,
     "scale": _flag,
     "synchronized": _flag,
+    "unbiased": _flag,
+    "virtual_batch_size": _size,
 }
 
 # By the last word of the option's name: `beta_initializer`, `gamma_constraint`, ...

@@ -10,9 +10,11 @@ from keras import ops
 from keras_bn.core.estimators import (
     Limits,
     at_least,
+    counted_momentum,
     linear_ramp,
     moving_average,
     renorm_correction,
+    settled_count,
 )
 from keras_bn.core.moments import Moments
 from tests.kernels import hard, modes
@@ -35,6 +37,59 @@ def test_momentum_is_the_share_of_the_old_value(momentum, expected):
 def test_a_moving_average_of_a_constant_is_the_constant():
     value = tensors(0.3)[0]
     assert modes.to_numpy(moving_average(value, value, 0.99)) == pytest.approx(0.3, rel=2 * U)
+
+
+def averaged(values: list[float], weights: list[float], momentum: float | None) -> float:
+    """Return what a counted average of 99, which is nothing, is after these batches."""
+    count, average = tensors(0.0, 99.0)
+    for value, weight in zip(values, weights, strict=True):
+        count, share = counted_momentum(count, *tensors(weight), momentum)
+        average = moving_average(average, *tensors(value), share)
+    return float(modes.to_numpy(average)[0])
+
+
+COUNTED = {
+    "one": (1, 0.99),
+    "two": (2, 0.99),
+    "many": (500, 0.99),
+    "slow": (500, 0.9999),
+    "quick": (20, 0.1),
+    "the last alone": (20, 0.0),
+    "all alike": (500, 1.0),
+}
+
+
+@pytest.mark.parametrize(("steps", "momentum"), COUNTED.values(), ids=COUNTED)
+def test_counted_average_has_the_shares_of_its_momentum_and_no_initial_value(steps, momentum):
+    values = np.random.default_rng(0).normal(5, 1, steps)
+    shares = momentum ** np.arange(steps)[::-1]
+    # A rounding of each step fades as the average does; those that are left add up as a root.
+    left = min(steps, 1 / max(1 - momentum, 1e-4)) ** 0.5
+    wanted = np.average(values.astype("float32").astype("float64"), weights=shares)
+    found = averaged(list(values), [1.0] * steps, momentum)
+    assert found == pytest.approx(wanted, rel=4 * U * (1 + left))
+
+
+def test_cumulative_average_counts_all_weights_the_same():
+    values, weights = [2.0, 4.0, 8.0], [1.0, 8.0, 0.5]
+    found = averaged(values, weights, None)
+    assert found == pytest.approx(np.average(values, weights=weights), rel=4 * U)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.99, 0.9999, 1.0])
+def test_settled_count_leaves_the_share_that_momentum_gives(momentum):
+    _, share = counted_momentum(*tensors(settled_count(momentum), 1.0), momentum)
+    assert float(modes.to_numpy(share)[0]) == pytest.approx(momentum, abs=2 * U)
+
+
+def test_settled_count_of_a_cumulative_average_is_nothing():
+    _, share = counted_momentum(*tensors(settled_count(None), 8.0), None)
+    assert modes.to_numpy(share).tolist() == [0.0]
+
+
+def test_batch_of_nothing_leaves_an_average_of_nothing():
+    count, share = counted_momentum(*tensors(0.0, 0.0), None)
+    assert (modes.to_numpy(count).tolist(), modes.to_numpy(share).tolist()) == ([0.0], [1.0])
 
 
 # The steps between which the value goes from 1 to 3, the step, and the value there.
@@ -142,6 +197,13 @@ def test_an_empty_batch_is_not_corrected():
     moments = Moments(tensors(0.0)[0], *tensors(0.0, 0.0, 0.0))
     found = renorm_correction(moments, *tensors(0.03, 4.0, 2.0), NONE)
     assert [float(part[0]) for part in modes.to_numpy(found)] == [1.0, 0.0]
+
+
+def test_nothing_is_corrected_where_nothing_is_kept():
+    moments = Moments(8, *(modes.tensor(np.array(v, "float32")) for v in ([5, 5], [0, 0], [8, 8])))
+    count = modes.tensor(np.array([0, 3], "float32"))
+    found = renorm_correction(moments, *tensors(3.0, 4.0, 2.0), NONE, count)
+    assert [part.tolist() for part in modes.to_numpy(found)] == [[1.0, 1.5], [0.0, 0.5]]
 
 
 @pytest.mark.parametrize("limits", [NONE, Limits(0.5, 2.0, 3.0)], ids=["none", "limits"])

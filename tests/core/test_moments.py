@@ -7,7 +7,7 @@ import pytest
 from keras import ops
 
 from keras_bn import kernels
-from keras_bn.core.moments import Moments, is_known, merge, or_else
+from keras_bn.core.moments import Moments, degrees_of_freedom, is_known, merge, or_else, union
 from keras_bn.kernels import reference
 from tests.kernels import hard, modes
 
@@ -181,3 +181,48 @@ def test_a_known_count_decides_before_the_call(count, mean):
 @pytest.mark.parametrize("count", [0, [0]], ids=["number", "tensor"])
 def test_the_variance_of_an_empty_set_is_0(count):
     assert modes.to_numpy(simple(count, [0], [0]).variance).tolist() == [0]
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+def test_unions_one_after_the_other_are_the_whole(split):
+    x, weights = data()
+    rows = parts(x, weights, split)
+    found = take(rows, [0])
+    for row in range(1, len(split)):
+        found = union(found, take(rows, [row]))
+    assert share(found, reference.moments(x, (0,), weights)) <= 1
+
+
+def test_union_counts_by_a_python_number_too():
+    one = Moments(2, *(modes.tensor(np.array([v], "float32")) for v in (1.0, 0.0, 2.0)))
+    both = union(one, one._replace(count=6))
+    assert modes.to_numpy(both.count).tolist() == [8.0]
+    assert modes.to_numpy(both.variance).tolist() == [0.5]
+
+
+# n - 1; not for a single element, nor for weights that sum to little more.
+DEGREES = {0: 0, 0.25: 0.25, 1: 1, 1.5: 1, 2: 1, 2.5: 1.5, 8: 7, 1000: 999}
+
+
+@pytest.mark.parametrize("count", DEGREES)
+def test_degrees_of_freedom_are_the_same_for_numbers_and_tensors(count):
+    found = degrees_of_freedom(modes.tensor(np.array([count], "float32")))
+    assert modes.to_numpy(found).tolist() == [DEGREES[count]] == [degrees_of_freedom(count)]
+
+
+@pytest.mark.parametrize("count", [0, 1], ids=["empty", "one element"])
+def test_unbiased_variance_is_defined_without_a_second_element(count):
+    zero = modes.tensor(np.zeros(1, "float32"))
+    for known in (count, zero + count):
+        found = Moments(known, zero, zero, zero).unbiased_variance
+        assert modes.to_numpy(found).tolist() == [0.0]
+
+
+def test_unbiased_variance_is_that_of_a_sample():
+    x = np.random.default_rng(0).normal(size=(7, 1))
+    exact = reference.moments(x, (0,))
+    arrays = (exact.mean, 0 * exact.mean, exact.m2)
+    moments = Moments(7, *(modes.tensor(a.astype("float32")) for a in arrays))
+    assert modes.to_numpy(moments.unbiased_variance) == pytest.approx(
+        x.var(0, ddof=1, keepdims=True), rel=4 * U
+    )

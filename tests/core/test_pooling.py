@@ -5,6 +5,8 @@ import pytest
 from keras import ops
 
 from keras_bn.core.pooling import (
+    Ghosts,
+    ghosts_of,
     group_total,
     join_groups,
     kept_shape,
@@ -116,3 +118,53 @@ def test_an_axis_of_size_1_is_split_into_one_group():
 def test_what_a_group_has_once_is_given_to_each_of_its_channels():
     found = join_groups(ops.convert_to_tensor([[[1.0], [2.0]]]), 1, 6)
     assert modes.to_numpy(found).tolist() == [[1, 1, 1, 2, 2, 2]]
+
+
+# Samples, the size asked for, and the ghosts that sample 0, 1, 2, ... belong to.
+GHOSTS = {
+    "a multiple": (6, 3, [0, 1, 0, 1, 0, 1]),
+    "one less": (5, 3, [0, 1, 0, 1, 0]),
+    "one more": (7, 3, [0, 1, 2, 0, 1, 2, 0]),
+    "all alike": (10, 8, [0, 1] * 5),
+    "fewer than asked for": (2, 3, [0, 0]),
+    "one each": (3, 1, [0, 1, 2]),
+    "no sample": (0, 3, []),
+}
+every_batch = pytest.mark.parametrize(("samples", "size", "belongs"), GHOSTS.values(), ids=GHOSTS)
+
+
+def ghosts_and_array(samples, size):
+    array = np.random.default_rng(0).normal(size=(samples, 2)).astype("float32")
+    tensor = modes.tensor(array)
+    return ghosts_of(tensor, size), array, tensor
+
+
+@every_batch
+def test_sample_belongs_to_the_ghost_of_its_number(samples, size, belongs):
+    ghosts, array, tensor = ghosts_and_array(samples, size)
+    belongs = np.array(belongs, int)
+    wanted = [array[belongs == i].astype("float64").sum(0) for i in belongs]
+    found = modes.to_numpy(ghosts.total(tensor))
+    np.testing.assert_allclose(found, np.reshape(wanted, (samples, 2)), rtol=0, atol=1e-6)
+
+
+@every_batch
+def test_ghosts_are_as_large_as_asked_for_and_all_but_equal(samples, size, belongs):
+    ghosts, _, _ = ghosts_and_array(samples, size)
+    sizes = np.bincount(belongs) if belongs else np.array([0])
+    assert (ghosts.number, ghosts.size) == (len(sizes), sizes.max())
+    assert sizes.max() <= size
+    assert sizes.max() - sizes.min() <= 1
+
+
+@every_batch
+def test_split_batch_is_joined_again(samples, size, belongs):
+    ghosts, array, tensor = ghosts_and_array(samples, size)
+    split = ghosts.split(tensor)
+    assert tuple(split.shape) == (ghosts.size, ghosts.number, 2)
+    assert np.array_equal(ops.convert_to_numpy(ghosts.join(split)), array)
+
+
+def test_split_fills_up_with_zeros():
+    split = Ghosts(3, 2, 2).split(modes.tensor(np.ones((3, 1), "float32")))
+    assert ops.convert_to_numpy(split)[..., 0].tolist() == [[1, 1], [1, 0]]

@@ -22,6 +22,7 @@ CONTRACT = "tests/kernels/test_contract.py -k 'any_kappa and eager-conv-output a
 WEIGHTS = "tests/kernels/test_weights.py -k 'under_a_0_does_not and eager and not generic'"
 MOMENTS = "tests/core/test_moments.py -k merged_parts"
 LIMITS = "tests/layers/test_limits.py"
+STATISTICS = "tests/layers/test_statistics.py"
 STEPS = "kernels/steps.py"
 PASSES = f"kernels/{BACKEND}/passes.py"
 JAX = "kernels/jax.py"
@@ -157,7 +158,44 @@ FAULTS = {
         "else (shape[axis] // groups, groups)",
         "tests/core/test_pooling.py",
     ),
+    "weights of a debiased average that do not fade": Fault(
+        "core/estimators.py",
+        "(count if momentum is None else count * momentum) + new",
+        "count + new",
+        "tests/core/test_estimators.py -k counted_average",
+    ),
+    "statistics that came without a count thrown away": Fault(
+        "core/estimators.py",
+        "return 0.0 if momentum is None else",
+        "return 0.0 if momentum is not None else",
+        "tests/layers/test_counts.py -k 'count_as_settled and list'",
+    ),
+    "ghosts of neighbouring samples": Fault(
+        "core/pooling.py",
+        "return ops.reshape(array, (self.size, self.number, *shape[1:]))",
+        "return ops.swapaxes(ops.reshape(array, (self.number, self.size, *shape[1:])), 0, 1)",
+        "tests/core/test_pooling.py",
+    ),
     # The layers.
+    "bad channel is counted": Fault(
+        "layers/moving_count.py",
+        "ops.where(known, total, old)",
+        "total",
+        STATISTICS + " -k 'bad_channel and nan'",
+    ),
+    "biased for unbiased variance": Fault(
+        "layers/batch_statistics.py",
+        "return moments.unbiased_variance if self.unbiased else moments.variance",
+        "return moments.variance",
+        STATISTICS + " -k variance_is_that_of_the_population",
+    ),
+    "filling of an uneven ghost counts": Fault(
+        "layers/batch_statistics.py",
+        "weights = ops.broadcast_to(weights, (ghosts.samples, *ops.shape(weights)[1:]))\n"
+        "        return ghosts.split(x), Pooling((0,), ghosts.split(weights))",
+        "return ghosts.split(x), Pooling((0,))",
+        "tests/layers/test_ghost.py -k 'batch_of_its_own and table and prime'",
+    ),
     "mask forgotten": Fault(
         "layers/base.py", "ops.zeros_like(x)), weights", "ops.zeros_like(x)), None", FUZZ.format(3)
     ),
