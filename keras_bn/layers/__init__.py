@@ -2,6 +2,16 @@
 
 from keras_bn.layers.batch_normalization import BatchNormalization
 from keras_bn.layers.batch_renormalization import BatchRenormalization
+from keras_bn.layers.fixup import FixupBias, FixupInitializer, FixupScale
+from keras_bn.layers.fixup_branch import FixupBranch
 from keras_bn.layers.group_normalization import GroupNormalization
 
-__all__ = ["BatchNormalization", "BatchRenormalization", "GroupNormalization"]
+__all__ = [
+    "BatchNormalization",
+    "BatchRenormalization",
+    "FixupBias",
+    "FixupBranch",
+    "FixupInitializer",
+    "FixupScale",
+    "GroupNormalization",
+]
