@@ -49,6 +49,8 @@ def expected(
     rule = {
         "BatchNormalization": _batch,
         "BatchRenormalization": _batch,
+        "FixupBias": _scalar,
+        "FixupScale": _scalar,
         "GroupNormalization": _group,
     }[type(layer).__name__]
     return rule(layer, weights, x, dy, training, mask)
@@ -89,6 +91,12 @@ def _group(layer, weights, x, dy, training, mask) -> Expected:
     others = tuple(a for a in range(x.ndim) if a != axis)
     sums = {"gamma": join(d_gamma).sum(others), "beta": join(d_beta).sum(others)}
     return Expected(join(y), join(dx), _present(sums, weights))
+
+
+def _scalar(_layer, weights, x, dy, _training, _mask) -> Expected:
+    gamma, beta = weights.get("gamma", np.float64(1)), weights.get("beta", np.float64(0))
+    sums = {"gamma": (dy * x).sum(), "beta": dy.sum()}
+    return Expected(gamma * x + beta, gamma * dy, _present(sums, weights))
 
 
 def _batch(layer, weights, x, dy, training, mask) -> Expected:

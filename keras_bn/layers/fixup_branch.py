@@ -165,51 +165,54 @@ def _initialized(
     layers: tuple[keras.layers.Layer, ...], depth: int
 ) -> tuple[keras.layers.Layer, ...]:
     """Return copies of the layers as they start: the last kernel at 0, those before it small."""
-    _check(layers)
     parts = [part for layer in layers for part in _split(layer)]
-    last = max(index for index, part in enumerate(parts) if _has_kernel(part))
-    if any(isinstance(part, _ACTIVATIONS) for part in parts[last:]):
-        raise _refused(
-            layers,
-            "layers without an activation after the last kernel",
-            "It would see nothing but 0, where relu has no gradient. Put it after the branch.",
-        )
-    count = sum(map(_has_kernel, parts))
-    return tuple(
-        _copied(part, **_start(part, depth, count, index == last))
-        for index, part in enumerate(parts)
-    )
+    kernels = [part for part in parts if _has_kernel(part)]
+    fault = _fault(layers, parts)
+    if fault is not None:
+        expected, advice = fault
+        raise invalid("FixupBranch", "layers", expected, _names(layers), advice)
+    return tuple(_started(part, kernels, depth) for part in parts)
 
 
-def _start(layer: keras.layers.Layer, depth: int, count: int, is_last: bool) -> dict[str, Any]:
-    """Return the initializers of a layer of the branch, which has `count` kernels."""
-    if not _has_kernel(layer):
-        return {}
-    if not is_last:
-        return {"kernel_initializer": FixupInitializer(depth, count)}
-    names = {"kernel_initializer", "bias_initializer"} & set(layer.get_config())
-    return dict.fromkeys(names, "zeros")
-
-
-def _check(layers: tuple[keras.layers.Layer, ...]) -> None:
-    """Raise unless the layers can be copied and have kernels to initialize."""
+def _fault(
+    layers: tuple[keras.layers.Layer, ...], parts: list[keras.layers.Layer]
+) -> tuple[str, str] | None:
+    """Return what the layers must be but are not, and what to do; None if they will do."""
     if any(layer.built and layer.weights for layer in layers):
-        raise _refused(layers, "layers that are not built", "The branch initializes new weights.")
+        return "layers that are not built", "The branch initializes new weights."
     if any(_OUT_OF_REACH & set(layer.get_config()) for layer in layers):
-        raise _refused(
-            layers,
+        return (
             "layers with one kernel each, or none",
             "Name the layers one by one; depthwise and recurrent layers cannot be used.",
         )
-    if not any(map(_has_kernel, layers)):
-        raise _refused(layers, "layers of which one has a kernel", "Add a Dense or a convolution.")
+    kinds = [part for part in parts if _has_kernel(part) or isinstance(part, _ACTIVATIONS)]
+    if not any(map(_has_kernel, kinds)):
+        return "layers of which one has a kernel", "Add a Dense or a convolution."
+    if not _has_kernel(kinds[-1]):
+        return (
+            "layers without an activation after the last kernel",
+            "It would see nothing but 0, where relu has no gradient. Put it after the branch.",
+        )
+    return None
+
+
+def _started(
+    layer: keras.layers.Layer, kernels: list[keras.layers.Layer], depth: int
+) -> keras.layers.Layer:
+    """Return a copy of a layer of the branch with the initializers by which Fixup starts it."""
+    if not _has_kernel(layer):
+        return _copied(layer)
+    if layer is not kernels[-1]:
+        return _copied(layer, kernel_initializer=FixupInitializer(depth, len(kernels)))
+    names = {"kernel_initializer", "bias_initializer"} & set(layer.get_config())
+    return _copied(layer, **dict.fromkeys(names, "zeros"))
 
 
 def _split(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """Return a layer as one without activation, and its activation if it has one."""
+    """Return a copy of a layer without its activation, and that if it has one."""
     activation = getattr(layer, "activation", None)
     if not _has_kernel(layer) or activation in (None, keras.activations.linear):
-        return [layer]
+        return [_copied(layer)]
     after = keras.layers.Activation(activation, dtype=layer.dtype_policy)
     return [_copied(layer, activation="linear"), after]
 
@@ -224,7 +227,3 @@ def _has_kernel(layer: keras.layers.Layer) -> bool:
 
 def _names(layers: tuple[keras.layers.Layer, ...]) -> list[str]:
     return [type(layer).__name__ for layer in layers]
-
-
-def _refused(layers: tuple[keras.layers.Layer, ...], expected: str, advice: str) -> Exception:
-    return invalid("FixupBranch", "layers", expected, _names(layers), advice)
