@@ -78,8 +78,8 @@ class FixupBranch(Configured):
         True
 
     Differences:
-        To the authors' code: the activation after the addition is the user's, and so are their
-        smaller learning rates of the scalars.
+        To the authors' code: the activation after the addition is the user's; the scalars learn as
+        fast as the kernels, not at a tenth of their rate, so SGD may need a smaller rate for all.
 
     References:
         Zhang, Dauphin, Ma, "Fixup Initialization: Residual Learning Without Normalization", 2019,
