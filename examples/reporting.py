@@ -1,4 +1,4 @@
-"""What both examples print: the versions they ran with, and a table."""
+"""What all examples print: the versions they ran with, and a table."""
 
 import importlib
 from collections.abc import Iterable, Sequence

@@ -4,6 +4,10 @@ from keras_bn import layers
 from keras_bn.layers import (
     BatchNormalization,
     BatchRenormalization,
+    FixupBias,
+    FixupBranch,
+    FixupInitializer,
+    FixupScale,
     GroupNormalization,
     InstanceNormalization,
     LayerNormalization,
@@ -13,6 +17,10 @@ from keras_bn.layers import (
 __all__ = [
     "BatchNormalization",
     "BatchRenormalization",
+    "FixupBias",
+    "FixupBranch",
+    "FixupInitializer",
+    "FixupScale",
     "GroupNormalization",
     "InstanceNormalization",
     "LayerNormalization",

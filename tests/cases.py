@@ -14,6 +14,10 @@ import numpy as np
 from keras_bn import (
     BatchNormalization,
     BatchRenormalization,
+    FixupBias,
+    FixupBranch,
+    FixupInitializer,
+    FixupScale,
     GroupNormalization,
     InstanceNormalization,
     LayerNormalization,
@@ -85,6 +89,11 @@ def trained(layer: keras.layers.Layer, seed: int = 0) -> keras.layers.Layer:
         value = rng.uniform(0.5, 2.0, variable.shape) if value is None else value
         variable.assign(np.int32(3) if variable.name == "step" else value.astype("float32"))
     return layer
+
+
+def only(options: dict[str, Any], weight: str) -> dict[str, Any]:
+    """Return those of the options that speak of one weight."""
+    return {key: value for key, value in options.items() if key.startswith(weight)}
 
 
 PARTS = {
@@ -189,6 +198,10 @@ CASES = [
     Case("rms", RMSNormalization),
     Case("rms-first", RMSNormalization, {"axis": 1, "epsilon": 1e-3}, FIRST),
     Case("rms-two-axes", RMSNormalization, {"axis": (1, -1)}),
+    Case("fixup-bias", FixupBias, {}, SEQUENCE),
+    Case("fixup-bias-parts", FixupBias, only(PARTS, "beta"), TABLE),
+    Case("fixup-scale", FixupScale, {}, SEQUENCE),
+    Case("fixup-scale-parts", FixupScale, only(PARTS, "gamma"), TABLE),
 ]
 BY_NAME = {case.name: case for case in CASES}
 
@@ -411,6 +424,56 @@ WRONG_OPTIONS = [
     for what, key, value, error in LIMITS
 ]
 
+# Of Fixup, what is wrong with one option, beside others that are right.
+dense, relu = keras.layers.Dense(6), keras.layers.ReLU()
+AT_LEAST = "an integer, at least {}"
+DRAWN, PAIR = {"depth": 2, "branch_layers": 2}, {"depth": 2, "layers": [dense, relu, dense]}
+FIXUP = [
+    (FixupInitializer, DRAWN, "depth", "zero", 0, AT_LEAST.format(1), ValueError),
+    (FixupInitializer, DRAWN, "depth", "fraction", 2.5, AT_LEAST.format(1), TypeError),
+    (FixupInitializer, DRAWN, "branch_layers", "one", 1, AT_LEAST.format(2), ValueError),
+    (FixupInitializer, DRAWN, "branch_layers", "none", None, AT_LEAST.format(2), TypeError),
+    (FixupBranch, PAIR, "depth", "negative", -1, AT_LEAST.format(1), ValueError),
+    (FixupBranch, PAIR, "depth", "none", None, AT_LEAST.format(1), TypeError),
+    (FixupBranch, PAIR, "layers", "none", [], "a list of layers", TypeError),
+    (FixupBranch, PAIR, "layers", "names", ["relu"], "a list of layers", TypeError),
+    (FixupBranch, PAIR, "layers", "one", dense, "a list of layers", TypeError),
+    (FixupBranch, PAIR, "shortcut", "name", "dense", "None, or a layer", TypeError),
+]
+AFTER = "layers without an activation after the last kernel"
+AFTER_ADVICE = "It would see nothing but 0, where relu has no gradient. Put it after the branch."
+EACH = "layers with one kernel each, or none"
+EACH_ADVICE = "Name the layers one by one; depthwise and recurrent layers cannot be used."
+LAYERS = {
+    "without-kernel": ([relu], "layers of which one has a kernel", "Add a Dense or a convolution."),
+    "activation-last": ([dense, dense, relu], AFTER, AFTER_ADVICE),
+    "activation-within": ([dense, keras.layers.Dense(6, "relu")], AFTER, AFTER_ADVICE),
+    "depthwise": ([keras.layers.SeparableConv1D(6, 1)], EACH, EACH_ADVICE),
+    "recurrent": ([dense, keras.layers.GRU(6), dense], EACH, EACH_ADVICE),
+    "embeddings": ([keras.layers.Embedding(3, 6), dense], EACH, EACH_ADVICE),
+    "wrapped": ([keras.layers.TimeDistributed(dense)], EACH, EACH_ADVICE),
+    "nested": ([keras.Sequential([dense]), dense], EACH, EACH_ADVICE),
+}
+WRONG_OPTIONS += [
+    Wrong(
+        f"{layer.__name__}-{option}-{what}",
+        layer,
+        {**right, option: value},
+        f"`{option}` must be {expected}. Received: {option}={value!r}.",
+        error=error,
+    )
+    for layer, right, option, what, value, expected, error in FIXUP
+] + [
+    Wrong(
+        f"FixupBranch-layers-{what}",
+        FixupBranch,
+        {**PAIR, "layers": layers},
+        f"`layers` must be {expected}. "
+        f"Received: layers={[type(layer).__name__ for layer in layers]!r}. {advice}",
+    )
+    for what, (layers, expected, advice) in LAYERS.items()
+]
+
 PRESENT = "different axes of an input of rank 2 or more"
 WRONG_SHAPES = [
     *(
@@ -482,6 +545,21 @@ WRONG_SHAPES = [
             "channels=6. Choose another number, or -1 for one group per channel.",
         )
         for groups in (4, 12, 32)
+    ),
+    *(
+        Wrong(
+            f"branch-to-{'x'.join(map(str, output[1:]))}",
+            FixupBranch,
+            {"depth": 2, "layers": layers},
+            "`layers` must be layers whose output has the shape of the shortcut. "
+            f"Received: layers={names!r}, output_shape={output!r}, shortcut_shape=(None, 4, 6). "
+            "Give `shortcut` a layer with that output.",
+            (None, 4, 6),
+        )
+        for layers, names, output in (
+            ([dense, keras.layers.Dense(5)], ["Dense", "Dense"], (None, 4, 5)),
+            ([dense, keras.layers.Flatten()], ["Dense", "Flatten"], (None, 24)),
+        )
     ),
 ]
 

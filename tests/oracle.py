@@ -50,6 +50,8 @@ def expected(
     rule = {
         "BatchNormalization": _batch,
         "BatchRenormalization": _batch,
+        "FixupBias": _scalar,
+        "FixupScale": _scalar,
         "GroupNormalization": _group,
         "InstanceNormalization": _group,
         "LayerNormalization": _layer,
@@ -114,6 +116,12 @@ def _rms(layer, weights, x, dy, training, mask) -> Expected:
     root = np.sqrt(np.mean(x**2, axes, keepdims=True) + layer.epsilon)
     dx = (scale * dy - x * np.mean(scale * dy * x, axes, keepdims=True) / root**2) / root
     return Expected(scale * x / root, dx, {"scale": (dy * x / root).sum(others)})
+
+
+def _scalar(_layer, weights, x, dy, _training, _mask) -> Expected:
+    gamma, beta = weights.get("gamma", np.float64(1)), weights.get("beta", np.float64(0))
+    sums = {"gamma": (dy * x).sum(), "beta": dy.sum()}
+    return Expected(gamma * x + beta, gamma * dy, _present(sums, weights))
 
 
 def _batch(layer, weights, x, dy, training, mask) -> Expected:

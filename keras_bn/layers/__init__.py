@@ -2,6 +2,8 @@
 
 from keras_bn.layers.batch_normalization import BatchNormalization
 from keras_bn.layers.batch_renormalization import BatchRenormalization
+from keras_bn.layers.fixup import FixupBias, FixupInitializer, FixupScale
+from keras_bn.layers.fixup_branch import FixupBranch
 from keras_bn.layers.group_normalization import GroupNormalization
 from keras_bn.layers.instance_normalization import InstanceNormalization
 from keras_bn.layers.layer_normalization import LayerNormalization, RMSNormalization
@@ -9,6 +11,10 @@ from keras_bn.layers.layer_normalization import LayerNormalization, RMSNormaliza
 __all__ = [
     "BatchNormalization",
     "BatchRenormalization",
+    "FixupBias",
+    "FixupBranch",
+    "FixupInitializer",
+    "FixupScale",
     "GroupNormalization",
     "InstanceNormalization",
     "LayerNormalization",

@@ -18,13 +18,13 @@ from keras_bn.layers.options import checked
 from keras_bn.types import Shape, Tensor
 
 
-class Normalization(keras.layers.Layer):
-    """A layer that standardizes its input with some moments, scales by gamma and adds beta.
+class Configured(keras.layers.Layer):
+    """A layer that is described by its options, and has gamma, beta, one of them or neither.
 
     A subclass lists its options in the signature of `__init__` and hands them over with
-    `super().__init__(locals(), **kwargs)`; in `call` it says which moments it uses. Each option
-    is checked by the table in `options.py`, kept under its own name and never changed; config,
-    registration (`keras_bn>Name`) and output shape follow.
+    `super().__init__(locals(), **kwargs)`. Each option is checked by the table in `options.py`,
+    kept under its own name and never changed; config, registration (`keras_bn>Name`) and output
+    shape follow.
     """
 
     # Set for each class of the package from its signature.
@@ -41,8 +41,6 @@ class Normalization(keras.layers.Layer):
         for name in self._options:
             setattr(self, name, checked(type(self).__name__, name, options[name]))
         self.supports_masking = True
-        self.gamma: Any = None
-        self.beta: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -75,6 +73,54 @@ class Normalization(keras.layers.Layer):
             if value not in values:
                 raise invalid(cls.__name__, name, f"one of {values}", value)
         return cls(**config)
+
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        """Return the input's shape."""
+        return input_shape
+
+    def _add_parameter(self, name: str, wanted: bool = True) -> Any:
+        if not wanted:
+            return None
+        return self.add_weight(
+            shape=self._parameter_shape,
+            name=name,
+            initializer=getattr(self, f"{name}_initializer"),
+            regularizer=getattr(self, f"{name}_regularizer"),
+            constraint=getattr(self, f"{name}_constraint"),
+            autocast=False,
+        )
+
+    @property
+    def _parameter_shape(self) -> Shape:
+        return ()
+
+    def _summable(self, inputs: Tensor) -> Tensor:
+        """Return the input in a dtype that the kernels sum."""
+        given = keras.backend.standardize_dtype(inputs.dtype)
+        dtype = statistics_dtype(given, self.compute_dtype)
+        if statistics_dtype(given) != dtype or not keras.backend.is_float_dtype(given):
+            return ops.cast(inputs, dtype)
+        return inputs
+
+    def _statistics_dtype(self, x: Tensor) -> str:
+        return statistics_dtype(keras.backend.standardize_dtype(x.dtype))
+
+    def _invalid(
+        self, name: str, expected: str, value: Any, advice: str = "", **facts: Any
+    ) -> Exception:
+        return invalid(type(self).__name__, name, expected, value, advice, **facts)
+
+
+class Normalization(Configured):
+    """A layer that standardizes its input with some moments, scales by gamma and adds beta.
+
+    In `call` a subclass says which moments it uses.
+    """
+
+    def __init__(self, options: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(options, **kwargs)
+        self.gamma: Any = None
+        self.beta: Any = None
 
     def build(self, input_shape: Shape) -> None:
         """Create gamma and beta, one element for each element of the kept axes."""
@@ -112,29 +158,13 @@ class Normalization(keras.layers.Layer):
         self.gamma = self._add_parameter("gamma", self.scale)
         self.beta = self._add_parameter("beta", self.center)
 
-    def _add_parameter(self, name: str, wanted: bool) -> Any:
-        if not wanted:
-            return None
-        return self.add_weight(
-            shape=self._parameter_shape,
-            name=name,
-            initializer=getattr(self, f"{name}_initializer"),
-            regularizer=getattr(self, f"{name}_regularizer"),
-            constraint=getattr(self, f"{name}_constraint"),
-            autocast=False,
-        )
-
     @property
     def _parameter_shape(self) -> Shape:
         return tuple(self._broadcast[axis] for axis in self._kept)
 
     def _prepared(self, inputs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the input, in a dtype that the kernels sum, and the weights of its elements."""
-        x = inputs
-        given = keras.backend.standardize_dtype(x.dtype)
-        dtype = statistics_dtype(given, self.compute_dtype)
-        if statistics_dtype(given) != dtype or not keras.backend.is_float_dtype(given):
-            x = ops.cast(x, dtype)
+        x = self._summable(inputs)
         if mask is None:
             return x, None
         mask = ops.convert_to_tensor(mask)
@@ -147,13 +177,10 @@ class Normalization(keras.layers.Layer):
                 inputs_shape=tuple(x.shape),
                 axis=self.axis,
             )
-        weights = ops.cast(weights, dtype)
+        weights = ops.cast(weights, self._statistics_dtype(x))
         # What is masked out is normalized like the rest, as in Keras, but a NaN there would turn
         # gamma's gradient, a sum of products with 0, into NaN.
         return ops.where((weights > 0) | ops.isfinite(x), x, ops.zeros_like(x)), weights
-
-    def _statistics_dtype(self, x: Tensor) -> str:
-        return statistics_dtype(keras.backend.standardize_dtype(x.dtype))
 
     def _spread(self, value: Any, dtype: str) -> Tensor:
         """Return a weight as a tensor that broadcasts against the input; None stays None."""
@@ -182,15 +209,15 @@ class Normalization(keras.layers.Layer):
             learned = Learned(*(part if part is None else view(part) for part in learned))
         return kernels.normalize(x, pooling, learned, self.epsilon, self.compute_dtype, **how)
 
-    def _invalid(
-        self, name: str, expected: str, value: Any, advice: str = "", **facts: Any
-    ) -> Exception:
-        return invalid(type(self).__name__, name, expected, value, advice, **facts)
-
 
 def _serialized(value: Any) -> Any:
     """Return an option in the form that a config holds."""
     if isinstance(value, dict):
         return {key: _serialized(item) for key, item in value.items()}
-    plain = value is None or isinstance(value, bool | int | float | str | tuple)
-    return value if plain else keras.saving.serialize_keras_object(value)
+    if isinstance(value, tuple):
+        return tuple(map(_serialized, value))
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    config = keras.saving.serialize_keras_object(value)
+    # What `build` learns is no option: the layer that holds a layer builds it.
+    return {key: item for key, item in config.items() if key != "build_config"}

@@ -87,6 +87,19 @@ def _size(layer: str, name: str, value: Any) -> int | None:
     return size
 
 
+def _at_least(low: int) -> Check:
+    """Accept an integer that is not below `low`."""
+    expected = f"an integer, at least {low}"
+
+    def check(layer: str, name: str, value: Any) -> int:
+        number = _integer(layer, name, expected, value)
+        if number < low:
+            raise invalid(layer, name, expected, value)
+        return number
+
+    return check
+
+
 def _steps(layer: str, name: str, value: Any) -> tuple[int, int] | None:
     expected = "None, or two integers (start, end) with 0 <= start <= end"
     if value is None:
@@ -122,22 +135,43 @@ def _clipping(layer: str, name: str, value: Any) -> dict[str, Any] | None:
 
 def _limit(layer: str, name: str, value: Any) -> Any:
     """Accept None (no limit), a schedule over training steps, or a number."""
-    if isinstance(value, dict):
-        value = keras.saving.deserialize_keras_object(value)
+    value = _revived(value)
     if value is None or isinstance(value, LearningRateSchedule):
         return value
     return _number(0.0)(layer, name, value)
 
 
+def _layers(layer: str, name: str, value: Any) -> tuple[keras.layers.Layer, ...]:
+    layers = tuple(map(_revived, value)) if isinstance(value, list | tuple) else ()
+    if not layers or not all(isinstance(item, keras.layers.Layer) for item in layers):
+        raise invalid(layer, name, "a list of layers", value, kind=TypeError)
+    return layers
+
+
+def _layer_or_none(layer: str, name: str, value: Any) -> keras.layers.Layer | None:
+    value = _revived(value)
+    if value is not None and not isinstance(value, keras.layers.Layer):
+        raise invalid(layer, name, "None, or a layer", value, kind=TypeError)
+    return value
+
+
+def _revived(value: Any) -> Any:
+    """Return the object of a config; anything else as it is."""
+    return keras.saving.deserialize_keras_object(value) if isinstance(value, dict) else value
+
+
 CHECKS: dict[str, Check] = {
     "axis": _axis,
     "axis_name": _name,
+    "branch_layers": _at_least(2),
     "center": _flag,
     "debias": _flag,
+    "depth": _at_least(1),
     "dmax": _number(0.0),
     "dmax_steps": _steps,
     "epsilon": _number(0.0),
     "groups": _groups,
+    "layers": _layers,
     "momentum": _number(0.0, 1.0, optional=True),
     "renorm": _flag,
     "renorm_clipping": _clipping,
@@ -145,6 +179,7 @@ CHECKS: dict[str, Check] = {
     "rmax": _number(1.0),
     "rmax_steps": _steps,
     "scale": _flag,
+    "shortcut": _layer_or_none,
     "synchronized": _flag,
     "unbiased": _flag,
     "virtual_batch_size": _size,
