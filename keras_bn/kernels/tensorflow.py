@@ -62,7 +62,8 @@ def apply(x: Tensor, affine: Affine, dtype: str) -> Tensor:
 
         def gradient(dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             """Sum dy for shift, dy·(x - center) for scale; dx is dy·scale."""
-            dy = tf.cast(dy, scale.dtype)
+            # A tensor: of what is looked up row by row, it comes as rows and their indices.
+            dy = tf.cast(tf.convert_to_tensor(dy), scale.dtype)
             d_shift = block_sum(dy, axes)
             d_scale = block_sum(dy * (tf.cast(x, scale.dtype) - center), axes)
             return tf.cast(dy * scale, x.dtype), -scale * d_shift, d_scale, d_shift

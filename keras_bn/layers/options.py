@@ -121,6 +121,7 @@ CHECKS: dict[str, Check] = {
     "axis": _axis,
     "axis_name": _name,
     "center": _flag,
+    "data_init": _flag,
     "dmax": _number(0.0),
     "dmax_steps": _steps,
     "epsilon": _number(0.0),
