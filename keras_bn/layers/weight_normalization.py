@@ -39,10 +39,11 @@ class WeightNormalization(Wrapper):
         channel and multiplier has its g; separable ones: both kernels, each in its way;
         `EinsumDense`: the kernel's axes that the output lacks; `Embedding`: the row of a token,
         which is the output for it, so a token's length and direction are its own, and tokens that
-        a batch lacks stay as they are.
+        a batch lacks have no gradient. Each call normalizes the whole table.
     Keeps: nothing; with `data_init` where g and the bias start, and whether that is settled. g
         and the bias variable then hold what training adds (g begins at 0), because a compiled
-        step of JAX cannot set what it trains.
+        step of JAX cannot set what it trains. Several replicas would each start from their own
+        part of the batch: let one of them see a batch first.
 
     Regularizers and constraints of the layer inside apply to the variables they were given for:
     those of the kernel to v, not to g · v / |v|. Norm and division are computed in float32 at
@@ -85,8 +86,7 @@ class WeightNormalization(Wrapper):
 
     Differences:
         To `torch.nn.utils.parametrizations.weight_norm`: the output's axes follow from the layer;
-        v = 0 gives 0, not NaN. To `tensorflow_addons.layers.WeightNormalization`: the kernel is
-        never overwritten, `data_init` is off by default and works in compiled steps.
+        v = 0 gives 0, not NaN; and there is `data_init`.
 
     References:
         Salimans, Kingma, "Weight Normalization: A Simple Reparameterization to Accelerate Training
@@ -194,9 +194,9 @@ class WeightNormalization(Wrapper):
         # g has the order of the kernel's axes, the bias that of the output's.
         of_g = ops.reshape(ops.transpose(stddev, (*channels, *pooled)), self.g_start.shape)
         mean, of_bias = (ops.reshape(part, self.bias_start.shape) for part in (batch.mean, stddev))
-        last, values = self._kernels[-1], self._replaced()
+        last, bias = self._kernels[-1], self._variable("bias")
         g = self._length(last) / of_g - getattr(self, last.length)
-        bias = (values["bias"] - mean) / of_bias - self._variable("bias")
+        bias = (self._sum(bias, self.bias_start) - mean) / of_bias - bias
         new = (ops.stop_gradient(ops.where(known, *pair)) for pair in ((g, old[1]), (bias, old[2])))
         return [known, *new]
 

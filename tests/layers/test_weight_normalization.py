@@ -596,6 +596,18 @@ def test_start_in_half_precision_is_as_exact_as_the_output(policy, run):
     assert_close(y, exact.y, sizes.y.max(), half)
 
 
+@pytest.mark.usefixtures("x64")
+def test_start_under_a_float64_policy_is_float64(run):
+    (inside,) = named("conv-2")
+    wrapper, x = starting(inside, dtype="float64"), inside.x().astype("float64") * np.pi
+    before = weights_in_use(wrapper)
+    run(wrapper, x, training=True)
+    after = weights_in_use(wrapper)
+    for name, value in inside.started(before, x).items():
+        size = max(np.abs(value).max(), np.abs(before[name]).max())
+        assert_close(after[name], value, size, "float64")
+
+
 def test_start_is_that_of_what_is_not_masked(run):
     (inside,) = named("dense-rank-3")
     wrapper, x = starting(inside), inside.x()
