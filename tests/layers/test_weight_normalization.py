@@ -32,6 +32,9 @@ def assert_agrees(found, inside, weights, x, dy, dtype="float32"):
         assert_close(found.gradients[name], gradient, sizes.gradients[name].max(), dtype)
 
 
+(DENSE,) = named("dense")
+
+
 def dense(units=3, **options):
     return WeightNormalization(layers.Dense(units, **options))
 
@@ -186,6 +189,20 @@ def test_float64_policy_is_float64_throughout(inside, run):
     assert_agrees(found, inside, weights_by_name(wrapper), x, dy, "float64")
 
 
+AROUND = {"alone": lambda layer: layer, "in-a-model": lambda layer: keras.Sequential([layer])}
+
+
+@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+def test_mixed_policy_does_not_round_v(around):
+    keras.config.set_dtype_policy("mixed_float16")
+    wrapper = DENSE.built()
+    g, v, bias = wrapper.get_weights()
+    wanted = as_numpy(wrapper(DENSE.x()))
+    # The smallest float16 is 6e-8.
+    wrapper.set_weights([g, 2.0**-30 * v, bias])
+    assert np.array_equal(as_numpy(around(wrapper)(DENSE.x())), wanted)
+
+
 def test_policy_is_that_of_the_layer_inside():
     y = dense(dtype="mixed_float16")(keras.KerasTensor((None, 4)))
     assert (tuple(y.shape), y.dtype) == ((None, 3), "float16")
@@ -219,7 +236,6 @@ FITS = {
 }
 every_fit = pytest.mark.parametrize("mode", FITS.values(), ids=FITS)
 RATE = 0.1
-(DENSE,) = named("dense")
 
 
 def fit(wrapper, x, target, epochs=1, **mode):
@@ -658,6 +674,14 @@ def test_constant_channel_is_centered_only(run):
     before = weights_in_use(wrapper)
     y = run(wrapper, np.full((6, 4), 0.1, "float32"), training=True).y
     assert_close(y, np.zeros((6, 3)), 1)
+    assert_close(weights_in_use(wrapper)["g"], before["g"])
+
+
+def test_rounding_of_a_constant_channel_is_not_blown_up(run):
+    wrapper, x = starting(DENSE), np.full((6, 4), 0.1, "float32")
+    x[::2] = np.nextafter(x[::2], 1)
+    before = weights_in_use(wrapper)
+    run(wrapper, x, training=True)
     assert_close(weights_in_use(wrapper)["g"], before["g"])
 
 
