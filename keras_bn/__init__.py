@@ -12,6 +12,7 @@ from keras_bn.layers import (
     InstanceNormalization,
     LayerNormalization,
     RMSNormalization,
+    WeightNormalization,
 )
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "InstanceNormalization",
     "LayerNormalization",
     "RMSNormalization",
+    "WeightNormalization",
     "layers",
 ]
 

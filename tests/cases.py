@@ -22,6 +22,7 @@ from keras_bn import (
     InstanceNormalization,
     LayerNormalization,
     RMSNormalization,
+    WeightNormalization,
 )
 
 # Few shapes, shared by many rows: each new one costs a compilation of every operation in JAX.
@@ -472,6 +473,69 @@ WRONG_OPTIONS += [
         f"Received: layers={[type(layer).__name__ for layer in layers]!r}. {advice}",
     )
     for what, (layers, expected, advice) in LAYERS.items()
+]
+
+DENSE = keras.layers.Dense(2, use_bias=False, name="d")
+LOOKUP = keras.layers.Embedding(3, 2, name="e")
+PARTLY = keras.layers.EinsumDense("abc,cde->abde", (None, 3, 2), bias_axes="e", name="s")
+INSIDE = (
+    "one of Conv1D, Conv1DTranspose, Conv2D, Conv2DTranspose, Conv3D, Conv3DTranspose, Dense, "
+    "DepthwiseConv1D, DepthwiseConv2D, EinsumDense, Embedding, SeparableConv1D, SeparableConv2D, "
+    "or of a class derived from one"
+)
+PLAIN = "without quantization and LoRA"
+UNWRAP = "Use them after `unwrap()`."
+BIASED = "one with a bias for each output channel, which `data_init` sets"
+LEAVE = "data_init=True. Give it a bias, or leave `data_init` out."
+
+# The option, what is wrong with which layer and other options, what it must be, what follows.
+WRONG_OPTIONS += [
+    Wrong(
+        f"WeightNormalization-{option}-{what}",
+        WeightNormalization,
+        {"layer": layer, **more},
+        f"`{option}` must be {expected}. "
+        f"Received: {option}={ {'layer': layer, **more}[option]!r}{facts}",
+        error=error,
+    )
+    for option, what, layer, more, error, expected, facts in (
+        ("layer", "number", 3, {}, TypeError, "a Keras layer", "."),
+        ("layer", "class", keras.layers.Dense, {}, TypeError, "a Keras layer", "."),
+        ("layer", "no-kernel", keras.layers.ReLU(name="r"), {}, ValueError, INSIDE, "."),
+        ("layer", "recurrent", keras.layers.LSTM(2, name="l"), {}, ValueError, INSIDE, "."),
+        (
+            "layer",
+            "lora",
+            keras.layers.Dense(2, lora_rank=1, name="d"),
+            {},
+            ValueError,
+            PLAIN,
+            f", quantization_mode=None, lora_rank=1. {UNWRAP}",
+        ),
+        (
+            "layer",
+            "quantized",
+            keras.layers.Dense(2, dtype="int8_from_float32", name="d"),
+            {},
+            ValueError,
+            PLAIN,
+            f", quantization_mode='int8', lora_rank=None. {UNWRAP}",
+        ),
+        *(
+            ("layer", what, layer, {"data_init": True}, ValueError, BIASED, f", {LEAVE}")
+            for what, layer in (("bias", DENSE), ("embedding", LOOKUP), ("few-biases", PARTLY))
+        ),
+        ("data_init", "text", DENSE, {"data_init": "yes"}, TypeError, FLAG, "."),
+        (
+            "dtype",
+            "given",
+            DENSE,
+            {"dtype": "float16"},
+            ValueError,
+            "left out",
+            ". Give it to the layer inside.",
+        ),
+    )
 ]
 
 PRESENT = "different axes of an input of rank 2 or more"

@@ -2,6 +2,7 @@
 
     moments(x, axes, weights) -> Moments    apply(x, affine, dtype) -> y
     normalize(x, pooling, ...) -> y, Moments: both, and the algebra between them
+    length(v, kept) -> |v|    with_length(v, g, kept) -> g·v / |v|: the same for a layer's kernel
 
 `moments` sums over `axes` and keeps them with size 1. It sums in float32 at least, never below
 the dtype of `x`, and m2 is never negative. `weights` (None, or non-negative and broadcastable to
@@ -19,5 +20,6 @@ and arrays of the pooled size are kept. Neither communicates: a sum over replica
 """
 
 from keras_bn.kernels.active import apply, moments, normalize
+from keras_bn.kernels.lengths import length, with_length
 
-__all__ = ["apply", "moments", "normalize"]
+__all__ = ["apply", "length", "moments", "normalize", "with_length"]

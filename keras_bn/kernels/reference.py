@@ -61,6 +61,26 @@ def normalize(
     return gamma * (r * standardized + d) + beta
 
 
+def weight_normalize(v: Tensor, g: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Return g·v / |v|, with |v| over `axes` and g broadcastable; 0 where v is 0."""
+    v = np.asarray(v, "float64")
+    norm = np.sqrt(np.sum(v**2, axis=axes, keepdims=True))
+    return g * v / np.where(norm > 0, norm, 1)
+
+
+def weight_gradients(
+    v: Tensor, g: Tensor, dk: Tensor, axes: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of Σ dk·weight_normalize(v) to v and, with kept axes, to g.
+
+    dg = Σ dk·v / |v|, dv = g / |v|·(dk - dg·v / |v|): equation 3 of the paper. v is not 0.
+    """
+    v, dk = np.asarray(v, "float64"), np.asarray(dk, "float64")
+    norm = np.sqrt(np.sum(v**2, axis=axes, keepdims=True))
+    dg = np.sum(dk * v / norm, axis=axes, keepdims=True)
+    return g / norm * (dk - dg * v / norm), dg
+
+
 def gradients(
     x: Tensor,
     dy: Tensor,

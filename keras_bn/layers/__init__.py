@@ -7,6 +7,7 @@ from keras_bn.layers.fixup_branch import FixupBranch
 from keras_bn.layers.group_normalization import GroupNormalization
 from keras_bn.layers.instance_normalization import InstanceNormalization
 from keras_bn.layers.layer_normalization import LayerNormalization, RMSNormalization
+from keras_bn.layers.weight_normalization import WeightNormalization
 
 __all__ = [
     "BatchNormalization",
@@ -19,4 +20,5 @@ __all__ = [
     "InstanceNormalization",
     "LayerNormalization",
     "RMSNormalization",
+    "WeightNormalization",
 ]

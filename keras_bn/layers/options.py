@@ -165,6 +165,7 @@ CHECKS: dict[str, Check] = {
     "axis_name": _name,
     "branch_layers": _at_least(2),
     "center": _flag,
+    "data_init": _flag,
     "debias": _flag,
     "depth": _at_least(1),
     "dmax": _number(0.0),

@@ -133,3 +133,26 @@ def test_gradients_of_r_and_d_are_not_taken_up():
     dx = reference.gradients(arrays["x"], arrays["dy"], AXES, r=r, d=exact.mean)[0]
     plain = reference.gradients(arrays["x"], arrays["dy"], AXES)[0]
     assert np.allclose(dx, r * plain, rtol=1e-12)
+
+
+def test_normalized_kernel_has_length_g_and_the_direction_of_v():
+    arrays = sample()
+    kernel = reference.weight_normalize(arrays["x"], np.abs(arrays["gamma"]), AXES)
+    length = np.sqrt(np.sum(kernel**2, AXES, keepdims=True))
+    assert np.allclose(length, np.abs(arrays["gamma"]), rtol=1e-14)
+    ratio = kernel / arrays["x"]
+    assert np.allclose(ratio, ratio[:1, :1], rtol=1e-13)
+
+
+@pytest.mark.parametrize("argument", ["x", "gamma"])
+def test_gradients_of_a_kernel_agree_with_finite_differences(argument):
+    arrays, direction = sample(), sample(1)[argument]
+
+    def loss(step):
+        moved = arrays | {argument: arrays[argument] + step * direction}
+        kernel = reference.weight_normalize(moved["x"], moved["gamma"], AXES)
+        return np.sum(arrays["dy"] * kernel)
+
+    gradients = reference.weight_gradients(arrays["x"], arrays["gamma"], arrays["dy"], AXES)
+    found = np.sum(gradients[("x", "gamma").index(argument)] * direction)
+    assert found == pytest.approx((loss(1e-5) - loss(-1e-5)) / 2e-5, rel=1e-8)

@@ -16,7 +16,9 @@ def run(step: Step, *inputs: Tensor) -> tuple[Tensor, ...]:
         outputs, constants = step.forward(*inputs)
 
         def gradient(*grads: Tensor) -> Any:
-            return _gradient(step, constants, inputs, grads)
+            # What was looked up by index afterwards has a sparse gradient.
+            dense = tuple(tf.convert_to_tensor(part) for part in grads)
+            return _gradient(step, constants, inputs, dense)
 
         return outputs, gradient
 
