@@ -1,8 +1,19 @@
 """Normalization for Keras 3: batch normalization and its family on every backend."""
 
 from keras_bn import layers
-from keras_bn.layers import BatchNormalization, BatchRenormalization, GroupNormalization
+from keras_bn.layers import (
+    BatchNormalization,
+    BatchRenormalization,
+    FeatureScaling,
+    GroupNormalization,
+)
 
-__all__ = ["BatchNormalization", "BatchRenormalization", "GroupNormalization", "layers"]
+__all__ = [
+    "BatchNormalization",
+    "BatchRenormalization",
+    "FeatureScaling",
+    "GroupNormalization",
+    "layers",
+]
 
 __version__ = "0.1.0"

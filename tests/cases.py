@@ -11,7 +11,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_bn import BatchNormalization, BatchRenormalization, GroupNormalization
+from keras_bn import (
+    BatchNormalization,
+    BatchRenormalization,
+    FeatureScaling,
+    GroupNormalization,
+)
 
 # Few shapes, shared by many rows: each new one costs a compilation of every operation in JAX.
 TABLE, SEQUENCE, IMAGE, FIRST = (8, 6), (4, 5, 6), (3, 4, 5, 6), (3, 6, 4, 5)
@@ -45,7 +50,7 @@ class Case:
     def kept(self) -> tuple[int, ...]:
         """The kept axes, counted from 0."""
         axis = self.options.get("axis", -1)
-        axes = axis if isinstance(axis, tuple) else (axis,)
+        axes = () if axis is None else axis if isinstance(axis, tuple) else (axis,)
         return tuple(sorted(a % len(self.shape) for a in axes))
 
     @property
@@ -69,11 +74,14 @@ def draw(shape: tuple[int, ...], seed: int = 0, mean: float = 1.0, std: float = 
 def trained(layer: keras.layers.Layer, seed: int = 0) -> keras.layers.Layer:
     """Give a built layer weights as after three steps of training; positive ones stay positive."""
     rng = np.random.default_rng(seed)
-    signed = ("beta", "moving_mean", "renorm_mean")
+    signed = ("beta", "moving_mean", "renorm_mean", "mean")
+    # A minimum below the maximum, and the rounding of statistics.
+    factors = {"minimum": -1.0, "offsets": 1e-3}
     for variable in layer.weights:
         value = rng.normal(size=variable.shape) if variable.name in signed else None
         value = rng.uniform(0.5, 2.0, variable.shape) if value is None else value
-        variable.assign(np.int32(3) if variable.name == "step" else value.astype("float32"))
+        value = (value * factors.get(variable.name, 1.0)).astype("float32")
+        variable.assign(np.int32(3) if variable.name == "step" else value)
     return layer
 
 
@@ -137,6 +145,13 @@ CASES = [
     Case("group-instance", GroupNormalization, {"groups": -1}),
     Case("group-bare", GroupNormalization, {"groups": 2, "epsilon": 1e-5, **BARE}, SEQUENCE),
     Case("group-parts", GroupNormalization, {"groups": 2, **PARTS}, SEQUENCE),
+    Case("scaling", FeatureScaling, {}, TABLE),
+    Case("scaling-min-max", FeatureScaling, {"mode": "min_max"}, TABLE),
+    Case("scaling-mean", FeatureScaling, {"mode": "mean"}, SEQUENCE),
+    Case("scaling-first", FeatureScaling, {"axis": 1}, FIRST),
+    Case("scaling-two-axes", FeatureScaling, {"mode": "min_max", "axis": (1, -1)}, SEQUENCE),
+    Case("scaling-all-alike", FeatureScaling, {"axis": None}, SEQUENCE),
+    Case("scaling-inverse", FeatureScaling, {"mode": "mean", "inverse": True}, TABLE),
 ]
 BY_NAME = {case.name: case for case in CASES}
 
@@ -154,6 +169,7 @@ LAYOUTS = [
     *PATHS,
     *named("batch-first", "batch-bare", "renormalization-first", "renormalization-bare"),
     *named("group-rank-2", "group-first", "group-instance"),
+    *named("scaling", "scaling-two-axes", "scaling-inverse"),
 ]
 
 
@@ -270,9 +286,11 @@ STEPS = "None, or two integers (start, end) with 0 <= start <= end"
 KEYS = "None, or a dictionary with any of the keys 'rmin', 'rmax' and 'dmax'"
 FLAG = "True or False"
 NAME = "None, or the name of a mapped axis"
+MODES = "'standard', 'min_max' or 'mean'"
 
 # The layer, the option, what is wrong with which value, what it must be, what to do.
 B, R, G = BatchNormalization, BatchRenormalization, GroupNormalization
+S = FeatureScaling
 OUT_OF_RANGE = [
     *((layer, "epsilon", "negative", -1, POSITIVE) for layer in (B, R, G)),
     *((layer, "epsilon", "nan", np.nan, POSITIVE) for layer in (B, R, G)),
@@ -280,8 +298,8 @@ OUT_OF_RANGE = [
     *((layer, "momentum", "above-1", 1.5, SHARE) for layer in (B, R)),
     *((layer, "momentum", "negative", -0.1, SHARE) for layer in (B, R)),
     (B, "renorm_momentum", "above-1", 1.01, SHARE),
-    *((layer, "axis", "twice", (1, 1), AXES, ONCE) for layer in (B, R)),
-    *((layer, "axis", "none", (), AXES, ONCE) for layer in (B, R)),
+    *((layer, "axis", "twice", (1, 1), AXES, ONCE) for layer in (B, R, S)),
+    *((layer, "axis", "none", (), AXES, ONCE) for layer in (B, R, S)),
     (G, "groups", "zero", 0, GROUPS),
     (G, "groups", "negative", -2, GROUPS),
     (R, "rmax", "below-1", 0.5, AT_LEAST_1),
@@ -292,6 +310,7 @@ OUT_OF_RANGE = [
     (R, "dmax_steps", "negative", (-1, 3), STEPS),
     (B, "renorm_clipping", "unknown-key", {"rMax": 1.0}, KEYS),
     (B, "renorm_clipping", "crossed", {"rmin": 2, "rmax": 1}, "a dictionary with rmin <= rmax"),
+    (S, "mode", "unknown", "minmax", MODES),
 ]
 WRONG_KIND = [
     *((layer, "epsilon", "text", "1e-3", POSITIVE) for layer in (B, R, G)),
@@ -303,7 +322,7 @@ WRONG_KIND = [
     (B, "renorm", "text", "on", FLAG),
     (B, "synchronized", "text", "on", FLAG),
     (B, "axis_name", "number", 3, NAME),
-    *((layer, "axis", "fraction", 1.5, AXES) for layer in (B, R)),
+    *((layer, "axis", "fraction", 1.5, AXES) for layer in (B, R, S)),
     (B, "axis", "text", "last", AXES),
     (B, "axis", "flag", True, AXES),
     (B, "axis", "fraction-in-tuple", (1, 2.5), AXES),
@@ -315,6 +334,8 @@ WRONG_KIND = [
     (R, "rmax_steps", "number", 5, STEPS),
     (R, "dmax_steps", "fraction", (0.5, 2), STEPS),
     (B, "renorm_clipping", "number", 3, KEYS),
+    (S, "mode", "none", None, MODES),
+    (S, "inverse", "text", "yes", FLAG),
 ]
 LIMITS = [
     ("negative", "dmax", -1, ValueError),
@@ -355,7 +376,7 @@ WRONG_SHAPES = [
             f"`axis` must be {PRESENT}. Received: axis={axis}, input_shape=(None, 4, 6).",
             (None, 4, 6),
         )
-        for layer in (B, R, G)
+        for layer in (B, R, G, S)
         for axis in (3, -4)
     ),
     Wrong(
@@ -378,7 +399,7 @@ WRONG_SHAPES = [
             f"`axis` must be {PRESENT}. Received: axis=-1, input_shape=(6,).",
             (6,),
         )
-        for layer in (B, R, G)
+        for layer in (B, R, G, S)
     ),
     *(
         Wrong(
@@ -389,7 +410,7 @@ WRONG_SHAPES = [
             "Give that size to `Input`.",
             (None, 4, None),
         )
-        for layer in (B, R, G)
+        for layer in (B, R, G, S)
     ),
     Wrong(
         "batch-axis",

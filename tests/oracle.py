@@ -49,6 +49,7 @@ def expected(
     rule = {
         "BatchNormalization": _batch,
         "BatchRenormalization": _batch,
+        "FeatureScaling": _scaling,
         "GroupNormalization": _group,
     }[type(layer).__name__]
     return rule(layer, weights, x, dy, training, mask)
@@ -89,6 +90,18 @@ def _group(layer, weights, x, dy, training, mask) -> Expected:
     others = tuple(a for a in range(x.ndim) if a != axis)
     sums = {"gamma": join(d_gamma).sum(others), "beta": join(d_beta).sum(others)}
     return Expected(join(y), join(dx), _present(sums, weights))
+
+
+def _scaling(layer, weights, x, dy, training, mask) -> Expected:
+    names = ("mean", "stddev", "minimum", "maximum", "count")
+    kept = () if layer.axis is None else _kept(layer, x.ndim)
+    whole = [weights[name] + weights["offsets"][row] for row, name in enumerate(names)]
+    mean, stddev, minimum, maximum, _ = (_spread(value, x.shape, kept) for value in whole)
+    center = minimum if layer.mode == "min_max" else mean
+    width = stddev if layer.mode == "standard" else maximum - minimum
+    if layer.inverse:
+        return Expected(x * width + center, dy * width, {}, weights)
+    return Expected((x - center) / width, dy / width, {}, weights)
 
 
 def _batch(layer, weights, x, dy, training, mask) -> Expected:

@@ -18,7 +18,7 @@ standardized x is at most 8·u·(1 + κ). For the gradient only `x` in its own d
 and arrays of the pooled size are kept. Neither communicates: a sum over replicas goes between.
 """
 
-from keras_bn.kernels.active import apply, moments
+from keras_bn.kernels.active import apply, apply_foreign, is_foreign, moments
 from keras_bn.kernels.normalization import normalize
 
-__all__ = ["apply", "moments", "normalize"]
+__all__ = ["apply", "apply_foreign", "is_foreign", "moments", "normalize"]

@@ -16,7 +16,7 @@ Check = Callable[[str, str, Any], Any]
 
 def checked(layer: str, name: str, value: Any) -> Any:
     """Return the option as the layer keeps it; raise if it cannot be used."""
-    check = CHECKS.get(name) or PARTS[name.rsplit("_", 1)[1]]
+    check = CHECKS.get(f"{layer}.{name}") or CHECKS.get(name) or PARTS[name.rsplit("_", 1)[1]]
     return check(layer, name, value)
 
 
@@ -67,12 +67,35 @@ def _axis(layer: str, name: str, value: Any) -> int | tuple[int, ...]:
     return axes[0] if len(axes) == 1 else axes
 
 
+def _axis_or_none(layer: str, name: str, value: Any) -> int | tuple[int, ...] | None:
+    return None if value is None else _axis(layer, name, value)
+
+
 def _groups(layer: str, name: str, value: Any) -> int:
     expected = "a positive integer, or -1 for one group per channel"
     groups = _integer(layer, name, expected, value)
     if groups < 1 and groups != -1:
         raise invalid(layer, name, expected, value)
     return groups
+
+
+def _positive_or_none(layer: str, name: str, value: Any) -> int | None:
+    expected = "None, or a positive integer"
+    if value is None:
+        return None
+    number = _integer(layer, name, expected, value)
+    if number < 1:
+        raise invalid(layer, name, expected, value)
+    return number
+
+
+def _mode(layer: str, name: str, value: Any) -> str:
+    expected = "'standard', 'min_max' or 'mean'"
+    if not isinstance(value, str):
+        raise invalid(layer, name, expected, value, kind=TypeError)
+    if value not in ("standard", "min_max", "mean"):
+        raise invalid(layer, name, expected, value)
+    return value
 
 
 def _steps(layer: str, name: str, value: Any) -> tuple[int, int] | None:
@@ -117,14 +140,19 @@ def _limit(layer: str, name: str, value: Any) -> Any:
     return _number(0.0)(layer, name, value)
 
 
+# A layer's own check, under its name, goes before the family's.
 CHECKS: dict[str, Check] = {
+    "FeatureScaling.axis": _axis_or_none,
     "axis": _axis,
     "axis_name": _name,
+    "batch_size": _positive_or_none,
     "center": _flag,
     "dmax": _number(0.0),
     "dmax_steps": _steps,
     "epsilon": _number(0.0),
     "groups": _groups,
+    "inverse": _flag,
+    "mode": _mode,
     "momentum": _number(0.0, 1.0),
     "renorm": _flag,
     "renorm_clipping": _clipping,
@@ -132,6 +160,7 @@ CHECKS: dict[str, Check] = {
     "rmax": _number(1.0),
     "rmax_steps": _steps,
     "scale": _flag,
+    "steps": _positive_or_none,
     "synchronized": _flag,
 }
 
