@@ -95,7 +95,7 @@ def _group(layer, weights, x, dy, training, mask) -> Expected:
 def _scaling(layer, weights, x, dy, training, mask) -> Expected:
     names = ("mean", "stddev", "minimum", "maximum", "count")
     kept = () if layer.axis is None else _kept(layer, x.ndim)
-    whole = [weights[name] + weights["offsets"][row] for row, name in enumerate(names)]
+    whole = [weights[name] + weights["offsets"][0][row] for row, name in enumerate(names)]
     mean, stddev, minimum, maximum, _ = (_spread(value, x.shape, kept) for value in whole)
     center = minimum if layer.mode == "min_max" else mean
     width = stddev if layer.mode == "standard" else maximum - minimum

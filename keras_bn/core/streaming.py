@@ -76,7 +76,8 @@ class Summary(NamedTuple):
         count = np.sum(known, axis=axes, keepdims=True, dtype="float64")
         pivot = np.sum(x, axis=axes, keepdims=True, where=known) / _positive(count)
         deviation = np.where(known, x - pivot, 0.0)
-        # NumPy adds the rows of a column one by one; what that cost the mean is in the offset.
+        # NumPy adds the rows of a column one by one; what that cost the mean is in the offset. The
+        # deviations of equal numbers are exactly the offset, so their m2 is exactly 0.
         first = np.sum(deviation, axis=axes, keepdims=True)
         offset = first / _positive(count)
         m2 = np.sum(np.square(deviation), axis=axes, keepdims=True) - first * offset
@@ -103,11 +104,8 @@ class Summary(NamedTuple):
     def stored(self) -> Stored:
         """Return the summary in the form that a layer keeps."""
         count, pivot, offset, m2, minimum, maximum = self
-        # The mean of equal numbers may be off in its last digit, and their deviation then not 0.
-        varied = maximum > minimum
-        mean = np.minimum(np.maximum(pivot + offset, minimum), maximum)
-        stddev = np.where(varied, np.sqrt(m2 / _positive(count)), 0.0)
-        found = Stored(mean, stddev, minimum, maximum, count)
+        stddev = np.sqrt(m2 / _positive(count))
+        found = Stored(pivot + offset, stddev, minimum, maximum, count)
         pairs = zip(found, UNKNOWN, strict=True)
         return Stored(*(np.where(count > 0, value, unknown) for value, unknown in pairs))
 
@@ -132,10 +130,15 @@ class Summary(NamedTuple):
         )
 
 
-def two_parts(value: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
-    """Return a float64 number as the sum of two in `dtype`: float32 twice holds 48 bits of it."""
+def three_parts(value: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a float64 number as the sum of three in `dtype`.
+
+    In float32 two hold 48 bits of it and three all 53, so that a constant feature is found
+    constant again.
+    """
     high = value.astype(dtype)
-    return high, (value - high).astype(dtype)
+    middle = (value - high).astype(dtype)
+    return high, middle, (value - high - middle).astype(dtype)
 
 
 def _positive(count: Tensor) -> Tensor:

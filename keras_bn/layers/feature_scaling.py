@@ -12,7 +12,7 @@ from keras.backend import standardize_dtype
 from keras_bn import kernels
 from keras_bn.core.affine import Affine, invert, rescale
 from keras_bn.core.dtypes import statistics_dtype
-from keras_bn.core.streaming import UNKNOWN, Stored, Summary, two_parts
+from keras_bn.core.streaming import UNKNOWN, Stored, Summary, three_parts
 from keras_bn.layers.base import Normalization
 from keras_bn.layers.data_sources import batches, blocks, features, is_array, numbers
 from keras_bn.layers.options import checked
@@ -37,7 +37,7 @@ class FeatureScaling(Normalization):
     Pools: the data set, as one set whatever its batches are and in whatever order they come.
     Keeps: mean, standard deviation, minimum, maximum and count of each feature, for all three
         modes. They are weights, saved with the model; none is trained. float32 alone would be 64
-        off for a mean of 1e9: its rounding is kept in one more weight, `offsets`.
+        off for a mean of 1e9: what it rounds off is kept in one more weight, `offsets`.
 
     Args:
         mode: `"standard"`, `"min_max"` or `"mean"`.
@@ -54,8 +54,8 @@ class FeatureScaling(Normalization):
         mask: Goes on to the next layer. It changes nothing, as each element is scaled by itself.
 
     Shapes:
-        Input and output the same. The statistics have the shape of the kept axes, `offsets` has
-        one row for each statistic.
+        Input and output the same. The statistics have the shape of the kept axes, `offsets`
+        has two rows for each statistic.
 
     Raises:
         ValueError: An option out of range; in `build`, an axis that the input lacks, or a kept
@@ -114,7 +114,8 @@ class FeatureScaling(Normalization):
             self.input_spec = None
         for name, value in UNKNOWN._asdict().items():
             setattr(self, name, self._add_statistic(name, self._parameter_shape, value))
-        self.offsets = self._add_statistic("offsets", (len(UNKNOWN), *self._parameter_shape), 0.0)
+        rows = (2, len(UNKNOWN), *self._parameter_shape)
+        self.offsets = self._add_statistic("offsets", rows, 0.0)
 
     def __call__(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the scaled input, also in a `tf.data` pipeline beside another backend."""
@@ -201,7 +202,8 @@ class FeatureScaling(Normalization):
         shape = self._broadcast if self._kept else (1,) * rank
 
         def parts(name: str) -> list[Tensor]:
-            both = getattr(self, name), self.offsets[UNKNOWN._fields.index(name)]
+            # The second offset, below 2^-48 of the statistic, changes no output.
+            both = getattr(self, name), self.offsets[0][UNKNOWN._fields.index(name)]
             return [ops.reshape(ops.cast(part, dtype), shape) for part in both]
 
         if self.mode == "standard":
@@ -239,14 +241,14 @@ class FeatureScaling(Normalization):
             raise self._invalid("data.shape", f"{wanted}, for which the layer was built", shape)
 
     def _known(self) -> Summary:
-        offsets = ops.convert_to_numpy(self.offsets).astype("float64")
+        offsets = ops.convert_to_numpy(self.offsets).astype("float64").sum(0)
         highs = (ops.convert_to_numpy(getattr(self, name)) for name in UNKNOWN._fields)
         return Summary.of_stored(Stored(*(a + b for a, b in zip(highs, offsets, strict=True))))
 
     def _assign(self, stored: Stored) -> None:
         dtype = standardize_dtype(self.mean.dtype)
         whole = (np.broadcast_to(value, self.mean.shape) for value in stored)
-        highs, lows = zip(*(two_parts(value, dtype) for value in whole), strict=True)
+        highs, *offsets = zip(*(three_parts(value, dtype) for value in whole), strict=True)
         for name, high in zip(UNKNOWN._fields, highs, strict=True):
             getattr(self, name).assign(high)
-        self.offsets.assign(np.stack(lows))
+        self.offsets.assign(np.stack(offsets))

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from keras_bn.core.streaming import UNKNOWN, Summary, two_parts
+from keras_bn.core.streaming import UNKNOWN, Summary, three_parts
 from tests.cases import U
 
 RNG = np.random.default_rng(0)
@@ -40,7 +40,8 @@ def assert_summarizes(summary, x, axes=(0,), error_of_mean=0.0):
     x = np.asarray(x, "float64")
     x = np.where(np.abs(x) <= LARGEST, x, np.nan)
     scale = np.nanmax(np.abs(x))
-    found, stddev = summary.stored(), np.nanstd(x, axes)
+    # Far from 0 the rounding of the mean, squared, would be in the deviation.
+    found, stddev = summary.stored(), np.nanstd(x - np.nanmin(x), axes)
     np.testing.assert_array_equal(found.count, np.isfinite(x).sum(axes))
     np.testing.assert_array_equal(found.minimum, np.nanmin(x, axes))
     np.testing.assert_array_equal(found.maximum, np.nanmax(x, axes))
@@ -88,11 +89,12 @@ def test_column_of_half_a_million_costs_no_digits():
     assert found.stddev == pytest.approx(x.ravel().std(), rel=1e-12)
 
 
-def test_constant_has_no_deviation_at_all():
-    x = np.full((1000, 1), 0.1)
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e9 + 1 / 3, -7e-30])
+def test_constant_has_no_deviation_at_all(value):
+    x = np.full((1000, 1), value)
     merged = Summary.of(x, (1,), LARGEST).merge(Summary.of(x[:7], (1,), LARGEST))
     found = merged.stored()
-    assert (found.mean, found.stddev, found.count) == (0.1, 0.0, 1007)
+    assert (found.mean, found.stddev, found.count) == (value, 0.0, 1007)
 
 
 EMPTY = {"no-rows": np.zeros((0, 2)), "all-missing": np.full((3, 2), np.nan)}
@@ -113,13 +115,18 @@ def test_empty_set_changes_nothing(x):
         assert all(np.array_equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("value", [1e9 + 1 / 3, -1.7e-9, 0.0, 1e38 / 3])
-def test_two_parts_in_float32_hold_48_bits(value):
-    high, low = two_parts(np.array(value), "float32")
-    assert (high.dtype, low.dtype) == ("float32", "float32")
-    assert float(high) + float(low) == pytest.approx(value, rel=U["float32"] ** 2, abs=0)
+NUMBERS = [1e9 + 1 / 3, -1.7e-9, 0.1, 0.0, 1e38 / 3]
 
 
-def test_two_parts_in_float64_are_exact():
-    high, low = two_parts(np.array(1e9 + 1 / 3), "float64")
-    assert (high, low) == (1e9 + 1 / 3, 0.0)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("value", NUMBERS)
+def test_three_parts_are_the_number(value, dtype):
+    parts = three_parts(np.array(value), dtype)
+    assert {part.dtype.name for part in parts} == {dtype}
+    assert sum(map(float, parts)) == value
+
+
+@pytest.mark.parametrize("value", NUMBERS)
+def test_two_of_three_parts_hold_48_bits(value):
+    high, middle, _ = three_parts(np.array(value), "float32")
+    assert float(high) + float(middle) == pytest.approx(value, rel=U["float32"] ** 2, abs=0)
