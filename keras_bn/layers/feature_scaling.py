@@ -36,8 +36,8 @@ class FeatureScaling(Normalization):
 
     Pools: the data set, as one set whatever its batches are and in whatever order they come.
     Keeps: mean, standard deviation, minimum, maximum and count of each feature, for all three
-        modes. They are weights, saved with the model; none is trained. float32 alone would be 64
-        off for a mean of 1e9: what it rounds off is kept in one more weight, `offsets`.
+        modes. They are weights, saved with the model; none is trained. float32 alone has steps of
+        64 at a mean of 1e9: what it rounds off is kept in one more weight, `offsets`.
 
     Args:
         mode: `"standard"`, `"min_max"` or `"mean"`.
@@ -54,8 +54,8 @@ class FeatureScaling(Normalization):
         mask: Goes on to the next layer. It changes nothing, as each element is scaled by itself.
 
     Shapes:
-        Input and output the same. The statistics have the shape of the kept axes, `offsets`
-        has two rows for each statistic.
+        Input and output the same. The statistics have the shape of the kept axes; `offsets` has
+        two more axes before these, of size 2 and 5.
 
     Raises:
         ValueError: An option out of range; in `build`, an axis that the input lacks, or a kept
@@ -83,9 +83,9 @@ class FeatureScaling(Normalization):
     Differences:
         To Keras' Normalization: three modes; `inverse` for `invert`; statistics are exact over any
         number of batches, and may be continued by `update_state`; NaN is missing; a constant
-        feature is divided by 1, not by 1e-7; statistics that are already known are set by
-        `set_weights`. To scikit-learn's StandardScaler and MinMaxScaler: the same numbers, on any
-        rank, for data larger than memory, inside the model.
+        feature is divided by 1, not by 1e-7; statistics that are known already are not options, but
+        assigned to the weights of a built layer. To scikit-learn's StandardScaler and MinMaxScaler:
+        the same numbers, on any rank, for data larger than memory, inside the model.
 
     References:
         LeCun, Bottou, Orr, Müller, "Efficient BackProp", 1998, section 4.3,
@@ -217,13 +217,16 @@ class FeatureScaling(Normalization):
 
     def _summary(self, batch: Any) -> Summary:
         """Return the statistics of a batch, from which the layer is built if it is not yet."""
-        self._build_for(tuple(batch.shape))
+        name, shape = type(self).__name__, tuple(batch.shape)
+        # What is not numbers is refused before anything is built.
+        numbers(name, batch[:0] if shape else batch)
+        self._build_for(shape)
         # Half of what the weights hold, so that the range is finite too; in float64, squares must
         # be finite.
         largest = min(float(np.finfo(standardize_dtype(self.mean.dtype)).max) / 2, 1e150)
         parts = (
             Summary.of(block, self._kept_axes(block.shape), largest)
-            for block in blocks(type(self).__name__, batch, self._kept)
+            for block in blocks(name, batch, self._kept)
         )
         return functools.reduce(Summary.merge, parts)
 
@@ -234,10 +237,8 @@ class FeatureScaling(Normalization):
         if not self._kept:
             return
         wanted = tuple(size if a in self._kept else None for a, size in enumerate(self._broadcast))
-        pairs = zip(shape, wanted, strict=False)
-        if len(shape) != len(wanted) or any(
-            None not in pair and len(set(pair)) > 1 for pair in pairs
-        ):
+        fits = len(shape) == len(wanted)
+        if not fits or any(shape[axis] not in (None, wanted[axis]) for axis in self._kept):
             raise self._invalid("data.shape", f"{wanted}, for which the layer was built", shape)
 
     def _known(self) -> Summary:

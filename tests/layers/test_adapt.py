@@ -260,6 +260,15 @@ def test_data_are_refused(data, error, text):
         FeatureScaling().adapt(data)
 
 
+@pytest.mark.parametrize("name", ["dictionaries", "words", "nothing", "a-vector"])
+def test_layer_is_not_built_after_an_error(name):
+    data, error, _ = WRONG_DATA[name]
+    layer = FeatureScaling()
+    with pytest.raises(error, match="must be"):
+        layer.adapt(data)
+    assert (layer.built, layer.weights) == (False, [])
+
+
 COUNT = "`{0}` must be None, or a positive integer. Received: {0}={1!r}."
 WRONG_COUNTS = {
     "no-steps": ({"steps": 0}, ValueError, COUNT.format("steps", 0)),

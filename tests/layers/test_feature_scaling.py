@@ -74,6 +74,14 @@ def test_weights_serve_every_mode(mode):
     assert_close(call(layer, X), formula(mode, X, exact(X)))
 
 
+def test_known_statistics_are_assigned():
+    layer, wanted = FeatureScaling(), exact(X)
+    layer.build((None, 6))
+    layer.mean.assign(wanted["mean"][0])
+    layer.stddev.assign(wanted["stddev"][0])
+    assert_close(call(layer, X), formula("standard", X, wanted))
+
+
 @each_mode
 def test_layer_that_was_not_adapted_is_the_identity(mode):
     assert np.array_equal(call(FeatureScaling(mode), X), X)
