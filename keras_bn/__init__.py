@@ -4,6 +4,7 @@ from keras_bn import layers
 from keras_bn.layers import (
     BatchNormalization,
     BatchRenormalization,
+    FeatureScaling,
     FixupBias,
     FixupBranch,
     FixupInitializer,
@@ -18,6 +19,7 @@ from keras_bn.layers import (
 __all__ = [
     "BatchNormalization",
     "BatchRenormalization",
+    "FeatureScaling",
     "FixupBias",
     "FixupBranch",
     "FixupInitializer",

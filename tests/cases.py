@@ -14,6 +14,7 @@ import numpy as np
 from keras_bn import (
     BatchNormalization,
     BatchRenormalization,
+    FeatureScaling,
     FixupBias,
     FixupBranch,
     FixupInitializer,
@@ -58,7 +59,7 @@ class Case:
     def kept(self) -> tuple[int, ...]:
         """The kept axes, counted from 0."""
         axis = self.options.get("axis", -1)
-        axes = axis if isinstance(axis, tuple) else (axis,)
+        axes = () if axis is None else axis if isinstance(axis, tuple) else (axis,)
         return tuple(sorted(a % len(self.shape) for a in axes))
 
     @property
@@ -84,11 +85,14 @@ def draw(shape: tuple[int, ...], seed: int = 0, mean: float = 1.0, std: float = 
 def trained(layer: keras.layers.Layer, seed: int = 0) -> keras.layers.Layer:
     """Give a built layer weights as after three steps of training; positive ones stay positive."""
     rng = np.random.default_rng(seed)
-    signed = ("beta", "moving_mean", "renorm_mean")
+    signed = ("beta", "moving_mean", "renorm_mean", "mean")
+    # A minimum below the maximum, and the rounding of statistics.
+    factors = {"minimum": -1.0, "offsets": 1e-3}
     for variable in layer.weights:
         value = rng.normal(size=variable.shape) if variable.name in signed else None
         value = rng.uniform(0.5, 2.0, variable.shape) if value is None else value
-        variable.assign(np.int32(3) if variable.name == "step" else value.astype("float32"))
+        value = (value * factors.get(variable.name, 1.0)).astype("float32")
+        variable.assign(np.int32(3) if variable.name == "step" else value)
     return layer
 
 
@@ -203,6 +207,13 @@ CASES = [
     Case("fixup-bias-parts", FixupBias, only(PARTS, "beta"), TABLE),
     Case("fixup-scale", FixupScale, {}, SEQUENCE),
     Case("fixup-scale-parts", FixupScale, only(PARTS, "gamma"), TABLE),
+    Case("scaling", FeatureScaling, {}, TABLE),
+    Case("scaling-min-max", FeatureScaling, {"mode": "min_max"}, TABLE),
+    Case("scaling-mean", FeatureScaling, {"mode": "mean"}, SEQUENCE),
+    Case("scaling-first", FeatureScaling, {"axis": 1}, FIRST),
+    Case("scaling-two-axes", FeatureScaling, {"mode": "min_max", "axis": (1, -1)}, SEQUENCE),
+    Case("scaling-all-alike", FeatureScaling, {"axis": None}, SEQUENCE),
+    Case("scaling-inverse", FeatureScaling, {"mode": "mean", "inverse": True}, TABLE),
 ]
 BY_NAME = {case.name: case for case in CASES}
 
@@ -223,6 +234,7 @@ LAYOUTS = [
     *named("batch-first", "batch-bare", "renormalization-first", "renormalization-bare"),
     *named("group-rank-2", "group-first", "group-instance", "instance", "layer-first"),
     *named("debiased-renorm", "cumulative", "ghost", "ghost-rank-2-uneven"),
+    *named("scaling", "scaling-two-axes", "scaling-inverse"),
 ]
 
 
@@ -343,9 +355,11 @@ STEPS = "None, or two integers (start, end) with 0 <= start <= end"
 KEYS = "None, or a dictionary with any of the keys 'rmin', 'rmax' and 'dmax'"
 FLAG = "True or False"
 NAME = "None, or the name of a mapped axis"
+MODES = "'standard', 'min_max' or 'mean'"
 
 # The layer, the option, what is wrong with which value, what it must be, what to do.
 B, R, G = BatchNormalization, BatchRenormalization, GroupNormalization
+S = FeatureScaling
 OUT_OF_RANGE = [
     *((layer, "epsilon", "negative", -1, POSITIVE) for layer in (B, R, G)),
     *((layer, "epsilon", "nan", np.nan, POSITIVE) for layer in (B, R, G)),
@@ -355,8 +369,8 @@ OUT_OF_RANGE = [
     *((layer, "virtual_batch_size", "zero", 0, SIZE) for layer in (B, R)),
     (B, "virtual_batch_size", "negative", -8, SIZE),
     (B, "renorm_momentum", "above-1", 1.01, SHARE),
-    *((layer, "axis", "twice", (1, 1), AXES, ONCE) for layer in (B, R)),
-    *((layer, "axis", "none", (), AXES, ONCE) for layer in (B, R)),
+    *((layer, "axis", "twice", (1, 1), AXES, ONCE) for layer in (B, R, S)),
+    *((layer, "axis", "none", (), AXES, ONCE) for layer in (B, R, S)),
     (G, "groups", "zero", 0, GROUPS),
     (G, "groups", "negative", -2, GROUPS),
     (R, "rmax", "below-1", 0.5, AT_LEAST_1),
@@ -367,6 +381,7 @@ OUT_OF_RANGE = [
     (R, "dmax_steps", "negative", (-1, 3), STEPS),
     (B, "renorm_clipping", "unknown-key", {"rMax": 1.0}, KEYS),
     (B, "renorm_clipping", "crossed", {"rmin": 2, "rmax": 1}, "a dictionary with rmin <= rmax"),
+    (S, "mode", "unknown", "minmax", MODES),
 ]
 WRONG_KIND = [
     *((layer, "epsilon", "text", "1e-3", POSITIVE) for layer in (B, R, G)),
@@ -383,7 +398,7 @@ WRONG_KIND = [
     (B, "renorm", "text", "on", FLAG),
     (B, "synchronized", "text", "on", FLAG),
     (B, "axis_name", "number", 3, NAME),
-    *((layer, "axis", "fraction", 1.5, AXES) for layer in (B, R)),
+    *((layer, "axis", "fraction", 1.5, AXES) for layer in (B, R, S)),
     (B, "axis", "text", "last", AXES),
     (B, "axis", "flag", True, AXES),
     (B, "axis", "fraction-in-tuple", (1, 2.5), AXES),
@@ -395,6 +410,8 @@ WRONG_KIND = [
     (R, "rmax_steps", "number", 5, STEPS),
     (R, "dmax_steps", "fraction", (0.5, 2), STEPS),
     (B, "renorm_clipping", "number", 3, KEYS),
+    (S, "mode", "none", None, MODES),
+    (S, "inverse", "text", "yes", FLAG),
 ]
 LIMITS = [
     ("negative", "dmax", -1, ValueError),
@@ -548,7 +565,7 @@ WRONG_SHAPES = [
             f"`axis` must be {PRESENT}. Received: axis={axis}, input_shape=(None, 4, 6).",
             (None, 4, 6),
         )
-        for layer in (B, R, G)
+        for layer in (B, R, G, S)
         for axis in (3, -4)
     ),
     Wrong(
@@ -571,7 +588,7 @@ WRONG_SHAPES = [
             f"`axis` must be {PRESENT}. Received: axis=-1, input_shape=(6,).",
             (6,),
         )
-        for layer in (B, R, G)
+        for layer in (B, R, G, S)
     ),
     *(
         Wrong(
@@ -582,7 +599,7 @@ WRONG_SHAPES = [
             "Give that size to `Input`.",
             (None, 4, None),
         )
-        for layer in (B, R, G)
+        for layer in (B, R, G, S)
     ),
     Wrong(
         "batch-axis",

@@ -50,6 +50,7 @@ def expected(
     rule = {
         "BatchNormalization": _batch,
         "BatchRenormalization": _batch,
+        "FeatureScaling": _scaling,
         "FixupBias": _scalar,
         "FixupScale": _scalar,
         "GroupNormalization": _group,
@@ -122,6 +123,18 @@ def _scalar(_layer, weights, x, dy, _training, _mask) -> Expected:
     gamma, beta = weights.get("gamma", np.float64(1)), weights.get("beta", np.float64(0))
     sums = {"gamma": (dy * x).sum(), "beta": dy.sum()}
     return Expected(gamma * x + beta, gamma * dy, _present(sums, weights))
+
+
+def _scaling(layer, weights, x, dy, training, mask) -> Expected:
+    names = ("mean", "stddev", "minimum", "maximum", "count")
+    kept = () if layer.axis is None else _kept(layer, x.ndim)
+    whole = [weights[name] + weights["offsets"][0][row] for row, name in enumerate(names)]
+    mean, stddev, minimum, maximum, _ = (_spread(value, x.shape, kept) for value in whole)
+    center = minimum if layer.mode == "min_max" else mean
+    width = stddev if layer.mode == "standard" else maximum - minimum
+    if layer.inverse:
+        return Expected(x * width + center, dy * width, {}, weights)
+    return Expected((x - center) / width, dy / width, {}, weights)
 
 
 def _batch(layer, weights, x, dy, training, mask) -> Expected:

@@ -2,7 +2,9 @@
 
 from typing import NamedTuple
 
+import numpy as np
 from keras import ops
+from keras.backend import standardize_dtype
 
 from keras_bn.core.moments import Moments
 from keras_bn.types import Tensor
@@ -45,6 +47,19 @@ def standardize(moments: Moments, epsilon: float) -> Affine:
     """
     scale = 1.0 / ops.sqrt(moments.variance + epsilon)
     return Affine(moments.pivot, scale, -moments.offset * scale)
+
+
+def rescale(pivot: Tensor, offset: Tensor, width: Tensor) -> Affine:
+    """Return the map (x - (pivot + offset)) / width; where the width is 0, it is taken as 1."""
+    # The reciprocal of a number below the normal ones is infinite.
+    tiny = float(np.finfo(standardize_dtype(width.dtype)).tiny)
+    scale = 1.0 / ops.where(width > tiny, width, ops.ones_like(width))
+    return Affine(pivot, scale, -offset * scale)
+
+
+def invert(affine: Affine) -> Affine:
+    """Return the map that takes y = (x - center)·scale + shift back to x."""
+    return Affine(affine.shift, 1.0 / affine.scale, affine.center)
 
 
 def compose(affine: Affine, gamma: Tensor | None, beta: Tensor | None) -> Affine:

@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from keras_bn.core.affine import Learned
+from keras_bn.core.affine import Affine, Learned
 from keras_bn.core.moments import Moments
 from keras_bn.core.pooling import Pooling
 from keras_bn.kernels import normalization
@@ -65,3 +65,17 @@ def normalize(
 def _hold(x: Tensor) -> Tensor:
     """Keep the backward pass from computing a value again; elsewhere nothing moves in place."""
     return _kernel.hold(x) if hasattr(_kernel, "hold") else x
+
+
+def is_foreign(x: Tensor) -> bool:
+    """Say whether `x` belongs to a graph of TensorFlow, as in `tf.data`, beside another backend."""
+    module = type(x).__module__
+    return _backend != "tensorflow" and module.startswith("tensorflow.") and not hasattr(x, "numpy")
+
+
+def apply_foreign(x: Tensor, affine: Affine, dtype: str) -> Tensor:
+    """As `apply`, of such a tensor and a map in NumPy."""
+    # Whoever has such a tensor has imported TensorFlow.
+    from keras_bn.kernels import tensorflow
+
+    return tensorflow.apply(x, affine, dtype)

@@ -105,7 +105,7 @@ class BatchStatistics(Normalization):
         self, x: Tensor, ghosts: Ghosts, pooling: Pooling, kept: Moments
     ) -> tuple[Tensor, Moments]:
         """Return the output, each ghost normalized on its own, and the moments of all together."""
-        axes, weights, _ = pooling
+        axes, weights = pooling.axes, pooling.weights
         if len(axes) > 1:
             # The input is not split: its batch need not be a multiple of anything, and what is
             # summed over the samples of a ghost are cells, tiny beside it.

@@ -16,7 +16,7 @@ Check = Callable[[str, str, Any], Any]
 
 def checked(layer: str, name: str, value: Any) -> Any:
     """Return the option as the layer keeps it; raise if it cannot be used."""
-    check = CHECKS.get(name) or PARTS[name.rsplit("_", 1)[1]]
+    check = CHECKS.get(f"{layer}.{name}") or CHECKS.get(name) or PARTS[name.rsplit("_", 1)[1]]
     return check(layer, name, value)
 
 
@@ -69,6 +69,10 @@ def _axis(layer: str, name: str, value: Any) -> int | tuple[int, ...]:
     return axes[0] if len(axes) == 1 else axes
 
 
+def _axis_or_none(layer: str, name: str, value: Any) -> int | tuple[int, ...] | None:
+    return None if value is None else _axis(layer, name, value)
+
+
 def _groups(layer: str, name: str, value: Any) -> int:
     expected = "a positive integer, or -1 for one group per channel"
     groups = _integer(layer, name, expected, value)
@@ -98,6 +102,15 @@ def _at_least(low: int) -> Check:
         return number
 
     return check
+
+
+def _mode(layer: str, name: str, value: Any) -> str:
+    expected = "'standard', 'min_max' or 'mean'"
+    if not isinstance(value, str):
+        raise invalid(layer, name, expected, value, kind=TypeError)
+    if value not in ("standard", "min_max", "mean"):
+        raise invalid(layer, name, expected, value)
+    return value
 
 
 def _steps(layer: str, name: str, value: Any) -> tuple[int, int] | None:
@@ -160,9 +173,12 @@ def _revived(value: Any) -> Any:
     return keras.saving.deserialize_keras_object(value) if isinstance(value, dict) else value
 
 
+# A layer's own check, under its name, goes before the family's.
 CHECKS: dict[str, Check] = {
+    "FeatureScaling.axis": _axis_or_none,
     "axis": _axis,
     "axis_name": _name,
+    "batch_size": _size,
     "branch_layers": _at_least(2),
     "center": _flag,
     "data_init": _flag,
@@ -172,7 +188,9 @@ CHECKS: dict[str, Check] = {
     "dmax_steps": _steps,
     "epsilon": _number(0.0),
     "groups": _groups,
+    "inverse": _flag,
     "layers": _layers,
+    "mode": _mode,
     "momentum": _number(0.0, 1.0, optional=True),
     "renorm": _flag,
     "renorm_clipping": _clipping,
@@ -181,6 +199,7 @@ CHECKS: dict[str, Check] = {
     "rmax_steps": _steps,
     "scale": _flag,
     "shortcut": _layer_or_none,
+    "steps": _size,
     "synchronized": _flag,
     "unbiased": _flag,
     "virtual_batch_size": _size,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_bn.core.affine import Affine, compose, standardize
+from keras_bn.core.affine import Affine, compose, invert, rescale, standardize
 from keras_bn.core.moments import Moments
 from tests.kernels import hard, modes
 
@@ -45,6 +45,34 @@ def test_standardize_maps_the_mean_to_0_and_a_deviation_to_1(values):
 def test_standardize_centers_at_the_pivot():
     moments = Moments(4, *tensors(1e6, 0.013, 4.0))
     assert modes.to_numpy(standardize(moments, 1e-3).center).tolist() == [1e6]
+
+
+# pivot, offset and width.
+WIDTHS = {
+    "near 0": (0.0, 0.25, 4.0),
+    "far from 0": (1e6, 0.013, 4.0),
+    "small": (0.0, 1e-31, 1e-30),
+}
+
+
+@pytest.mark.parametrize("values", WIDTHS.values(), ids=WIDTHS)
+def test_rescale_maps_the_center_to_0_and_a_width_to_1(values):
+    affine = rescale(*tensors(*values))
+    pivot, offset, width = (float(part[0]) for part in modes.to_numpy(tensors(*values)))
+    assert image(affine, pivot + offset) == pytest.approx(0, abs=4 * U * offset / width)
+    assert image(affine, pivot + offset + width) == pytest.approx(1, abs=8 * U)
+
+
+@pytest.mark.parametrize("width", [0.0, -1.0, 1e-45])
+def test_rescale_by_no_width_only_centers(width):
+    affine = rescale(*tensors(5.0, 0.0, width))
+    assert (image(affine, 5.0), image(affine, 7.0)) == (0.0, 2.0)
+
+
+@pytest.mark.parametrize("x", [-3.0, 0.0, 1e3])
+def test_invert_leads_back(x):
+    affine = Affine(*tensors(100.0, 0.25, 3.0))
+    assert image(invert(affine), image(affine, x)) == x
 
 
 PARAMETERS = {

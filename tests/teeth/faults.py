@@ -21,6 +21,7 @@ FUZZ = "tests/test_fuzz.py::test_layer_agrees_with_the_oracle[{}]"
 CONTRACT = "tests/kernels/test_contract.py -k 'any_kappa and eager-conv-output and not generic'"
 WEIGHTS = "tests/kernels/test_weights.py -k 'under_a_0_does_not and eager and not generic'"
 MOMENTS = "tests/core/test_moments.py -k merged_parts"
+SCALING = "tests/layers/test_feature_scaling.py"
 LIMITS = "tests/layers/test_limits.py"
 STATISTICS = "tests/layers/test_statistics.py"
 STEPS = "kernels/steps.py"
@@ -134,6 +135,24 @@ FAULTS = {
         "-0.0 * moments.offset * scale)",
         CONTRACT,
     ),
+    "batches merged without the distance of their means": Fault(
+        "core/streaming.py",
+        "np.square(distance) * self.count * share",
+        "0 * np.square(distance)",
+        "tests/core/test_streaming.py -k merged_parts",
+    ),
+    "deviation of equal numbers": Fault(
+        "core/streaming.py",
+        "keepdims=True) - first * offset",
+        "keepdims=True)",
+        "tests/core/test_streaming.py -k constant",
+    ),
+    "infinity counted": Fault(
+        "core/streaming.py",
+        "known = np.abs(x) <= largest",
+        "known = ~np.isnan(x)",
+        SCALING + " -k missing_and_stays",
+    ),
     "momentum swapped": Fault(
         "core/estimators.py",
         "return old * momentum + new * (1.0 - momentum)",
@@ -220,6 +239,18 @@ FAULTS = {
         "if not (training and self.trainable)",
         "if not training",
         "tests/layers/test_conformance.py::test_frozen_layer_is_in_inference[batch-rank-2]",
+    ),
+    "what float32 loses of a large integer": Fault(
+        "layers/feature_scaling.py",
+        "lost = ops.cast(inputs - ops.cast(x, given), x.dtype)",
+        "lost = ops.zeros_like(x)",
+        SCALING + " -k 'last_digit and dates'",
+    ),
+    "rounding of the statistics not kept": Fault(
+        "layers/feature_scaling.py",
+        "self.offsets.assign(np.stack(offsets))",
+        "pass",
+        SCALING + " -k 'float64_input'",
     ),
     "samples pooled by group normalization": Fault(
         "layers/group_normalization.py", "(0, axis))", "(axis,))", FUZZ.format(6)
