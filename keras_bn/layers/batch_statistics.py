@@ -95,9 +95,11 @@ class BatchStatistics(Normalization):
         is_whole = size is None or (samples is not None and samples <= size)
         return None if is_whole else ghosts_of(x, size)
 
-    def _normalized_set(self, x: Tensor, pooling: Pooling, kept: Moments) -> tuple[Tensor, Moments]:
+    def _normalized_set(
+        self, x: Tensor, pooling: Pooling, kept: Moments, view: Any = None
+    ) -> tuple[Tensor, Moments]:
         """Return the corrected output and the moments of what is pooled."""
-        y, moments = self._normalized(x, pooling, correct=self._correction, kept=kept)
+        y, moments = self._normalized(x, pooling, view, correct=self._correction, kept=kept)
         self._warn_of_one_element(moments)
         return y, moments
 
@@ -112,7 +114,8 @@ class BatchStatistics(Normalization):
             y, cells = self._normalized_set(x, Pooling(axes[1:], weights, ghosts.total), kept)
             each = Moments(*(part[: ghosts.number] for part in cells))
         else:
-            y, sets = self._normalized_set(*self._split(x, ghosts, weights), kept)
+            x, pooling = self._split(x, ghosts, weights)
+            y, sets = self._normalized_set(x, pooling, kept, lambda part: part[None])
             each = Moments(*(part if is_static(part) else part[0] for part in sets))
             y = ghosts.join(y)
         return y, merge(each, lambda array: ops.sum(array, axis=0, keepdims=True))
