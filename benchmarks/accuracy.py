@@ -10,12 +10,8 @@ largest of all channels and elements. u is 2^-24, κ is |mean| / standard deviat
 """
 
 import argparse
-import os
-import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +19,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import keras
 import numpy as np
+from measuring import BACKENDS, heading, printed_by, replace, table
 
 import keras_bn
 from keras_bn.kernels import reference
 
-BACKENDS = ("tensorflow", "jax", "torch")
-MARKS = ("<!-- accuracy: begin -->", "<!-- accuracy: end -->")
 EPSILON = 1e-3
 U = 2.0**-24
 
@@ -47,56 +42,15 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="replace the tables in this file")
     options = parser.parse_args()
     if not options.all and options.write is None:
-        print(heading(), "", table(rows(), options.markdown), sep="\n")
+        print(heading(), "", table([HEAD, *rows()], options.markdown), sep="\n")
         return
-    markdown = options.markdown or options.write is not None
+    more = ["--markdown"] if options.markdown or options.write is not None else []
     names = BACKENDS if options.all else (keras.backend.backend(),)
-    found = "\n\n".join(measured(name, markdown) for name in names)
+    found = "\n\n".join(printed_by(__file__, name, *more) for name in names)
     if options.write is None:
         print(found)
     else:
-        replace(options.write, found)
-
-
-def measured(backend: str, markdown: bool) -> str:
-    """Return what a process of its own prints for a backend."""
-    command = [sys.executable, __file__, *(["--markdown"] if markdown else [])]
-    environment = os.environ | {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    return done.stdout.strip()
-
-
-def replace(path: Path, text: str) -> None:
-    """Put the text between the marks of a file."""
-    before, rest = path.read_text(encoding="utf-8").split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    path.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}", encoding="utf-8")
-
-
-def heading() -> str:
-    """Name the backend, the versions and the processor."""
-    name = keras.backend.backend()
-    return f"### {name} {version(name)}, Keras {version('keras')}, {processor()}"
-
-
-def processor() -> str:
-    """Return the processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def table(body: Iterator[tuple[str, ...]], markdown: bool) -> str:
-    """Return the rows under their head, in Markdown or in columns."""
-    lines = [HEAD, *body]
-    if markdown:
-        lines.insert(1, ("---",) * len(HEAD))
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
+        replace(options.write, "accuracy", found)
 
 
 def rows() -> Iterator[tuple[str, ...]]:

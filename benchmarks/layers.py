@@ -9,9 +9,10 @@ the output in inference. `x Keras` and `x native` say how many times faster ours
 over rounds in which each runs once. `limit` is how many times longer ours takes than the bytes
 that must move would take at the bandwidth of the best streaming pass in this process. BN must
 read x twice before y (the statistics need all of it) and dy and x twice before dx; a sample of
-GN and IN may be kept in the cache. `saved` is what PyTorch keeps for the backward pass, over the
+the others may be kept in the cache. `saved` is what PyTorch keeps for the backward pass, over the
 input's bytes. BN: BatchNormalization, BRN: BatchRenormalization beside Keras' `renorm=True`,
-GN: GroupNormalization(32), IN: GroupNormalization(-1).
+GN: GroupNormalization(32), IN: InstanceNormalization beside GroupNormalization(-1), LN and RMS over
+the last axis; `ghost` is BatchNormalization in ghosts of 8, beside ours without.
 """
 
 import argparse
@@ -51,13 +52,20 @@ LAYERS: dict[str, tuple[Callable, Callable]] = {
     ),
     "GN": (keras_bn.GroupNormalization, keras.layers.GroupNormalization),
     "IN": (
-        lambda **options: keras_bn.GroupNormalization(groups=-1, **options),
+        keras_bn.InstanceNormalization,
         lambda **options: keras.layers.GroupNormalization(groups=-1, **options),
+    ),
+    "LN": (keras_bn.LayerNormalization, keras.layers.LayerNormalization),
+    "RMS": (keras_bn.RMSNormalization, keras.layers.RMSNormalization),
+    "ghost": (
+        lambda **options: keras_bn.BatchNormalization(virtual_batch_size=8, **options),
+        keras_bn.BatchNormalization,
     ),
 }
 
 # How often the bytes of x must move, in training and in inference.
-PASSES = {"BN": (8, 2), "BRN": (8, 2), "GN": (5, 2), "IN": (5, 2)}
+BATCH = ("BN", "BRN", "ghost")
+PASSES = {name: (8 if name in BATCH else 5, 2) for name in LAYERS}
 
 
 class Case(NamedTuple):
@@ -115,8 +123,16 @@ def makes_sense(case: Case) -> bool:
     """Leave out what nobody runs, and what takes a compiler minutes to say the same again."""
     if case.layer == "IN" and len(SHAPES[case.shape][0]) == 2:
         return False  # one element each
+    if case.layer in ("LN", "RMS") and "first" in case.shape:
+        return False  # Keras normalizes last axes only
+    if case.layer == "ghost" and not case.training:
+        return False  # the same code
     if case.shape == "small":
-        return case.mode in ("eager", "graph") and case.layer != "GN" and case.dtype == "float32"
+        return (
+            case.mode in ("eager", "graph")
+            and case.layer in ("BN", "LN")
+            and case.dtype == "float32"
+        )
     if keras.backend.backend() != "torch" and case.mode == "eager":
         return False
     return case.mode != "compile" or (case.dtype == "float32" and "first" not in case.shape)
@@ -131,7 +147,7 @@ def measured(case: Case, seconds: float) -> dict[str, Any]:
     dy = dy if case.training else None
     policy = "float32" if case.dtype == "float32" else "mixed_bfloat16"
     # Keras' group normalization takes no `training`.
-    use = {"training": case.training} if case.layer in ("BN", "BRN") else {}
+    use = {"training": case.training} if case.layer in BATCH else {}
     made = [make(axis=axis, dtype=policy) for make in LAYERS[case.layer]]
     for layer in made:
         layer.build(shape)

@@ -17,11 +17,11 @@ import keras
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from measuring import replace
 
 import keras_bn
 
 DOCS = Path(__file__).parents[1] / "docs"
-MARKS = ("<!-- statistics: begin -->", "<!-- statistics: end -->")
 MEAN, STD, BATCH, STEPS = 5.0, 3.0, 32, 500
 TRUTH = {"moving_mean": MEAN, "moving_variance": STD**2}
 SHOWN = (1, 10, 50, 100, 500)
@@ -56,7 +56,7 @@ def main() -> None:
     if not options.write:
         print(tables(curves))
         return
-    replace(DOCS / "statistics.md", tables(curves))
+    replace(DOCS / "statistics.md", "statistics", tables(curves))
     draw(curves, DOCS / "statistics.png")
 
 
@@ -83,13 +83,6 @@ def table(curves: Curves, name: str) -> str:
         values = (found[name][step - 1] for found in curves.values())
         lines.append((str(step), *(f"{value:.2f}" for value in values), f"{TRUTH[name]:.2f}"))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def replace(path: Path, text: str) -> None:
-    """Put the text between the marks of a file."""
-    before, rest = path.read_text(encoding="utf-8").split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    path.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 def draw(curves: Curves, path: Path) -> None:

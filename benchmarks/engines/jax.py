@@ -36,7 +36,7 @@ def layer_step(layer: Any, options: dict, x: jax.Array, dy: Any, mode: str) -> C
 
 def native_step(kind: str, x: jax.Array, dy: Any, mode: str, axis: int) -> Callable | None:
     """Return a step of flax.nnx's layer, where flax is installed."""
-    if not find_spec("flax") or kind == "BRN":
+    if not find_spec("flax") or kind not in ("BN", "GN", "IN"):
         return None
     from flax import nnx
 

@@ -38,6 +38,10 @@ def native_step(kind: str, x: torch.Tensor, dy: Any, mode: str, axis: int) -> Ca
     elif kind in ("GN", "IN"):
         view = _channels_first(axis)
         native = torch.nn.GroupNorm(32 if kind == "GN" else channels, channels, eps=EPSILON)
+    elif kind in ("LN", "RMS") and axis == -1:
+        view = lambda x: x  # noqa: E731
+        make = torch.nn.LayerNorm if kind == "LN" else torch.nn.RMSNorm
+        native = make(channels, eps=EPSILON if kind == "LN" else 1e-6)
     else:
         return None
     native.train(dy is not None)

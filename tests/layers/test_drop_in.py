@@ -302,6 +302,21 @@ def test_results_are_keras_unless_named(situation, case, run, request):
     )
 
 
+@pytest.mark.parametrize("layer", FEATURES, ids=lambda layer: layer.__name__)
+def test_features_need_not_be_last(layer, run):
+    x, dy = draw((3, 4, 5)), draw((3, 4, 5), 1, 0, 1)
+    ours, stock = (trained_in(make, (3, 4, 5)) for make in (layer, stock_of(layer)))
+    wanted = expected(ours, weights_by_name(ours), x, dy, training=False)
+    assert_agrees(run(ours, x, dy), wanted, dy)
+    assert fails(lambda: assert_agrees(run(stock, x, dy), wanted, dy)), "Keras has mended it"
+
+
+def trained_in(make, shape):
+    layer = make(axis=1)
+    layer.build(shape)
+    return trained(layer)
+
+
 def in_float64(tensor):
     """Return the values as NumPy float64 numbers; NumPy itself knows no bfloat16."""
     half = keras.backend.standardize_dtype(tensor.dtype) == "bfloat16"
