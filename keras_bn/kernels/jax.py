@@ -29,6 +29,10 @@ def moments(x: Tensor, axes: tuple[int, ...], weights: Tensor | None = None) -> 
     return Moments(count, jax.lax.stop_gradient(pivot), offset, m2)
 
 
+# The longest axis, and the fewest sums, of `_is_short`.
+_SHORT, _MANY = 64, 4096
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _moments(
     axes: tuple[int, ...], x: Tensor, weights: Tensor | None, count: Tensor
@@ -72,9 +76,26 @@ def _total(values: Tensor, weights: Tensor | None, axes: tuple[int, ...]) -> Ten
     # of several axes it sums blocks of 32·32 and more one by one (jax 0.10, CPU). So one axis goes
     # after the other, each settled, because XLA would make one sum of them again.
     values = _weighted(values, weights)
+    if _is_short(values.shape, axes):
+        ones = jnp.ones((1, values.shape[0]), values.dtype)
+        return _times(ones, values)
     for axis in reversed(axes):
         values = settled(jnp.sum(values, axis, keepdims=True))
     return values
+
+
+def _is_short(shape: tuple[int, ...], axes: tuple[int, ...]) -> bool:
+    """Say whether the sum is over a short first axis alone, and leaves many."""
+    # XLA takes 40 ms for (8, 512, 1024) on a CPU, a product with ones 0.4 ms (jax 0.10).
+    known = all(isinstance(size, int) for size in shape)  # not in an export
+    return known and axes == (0,) and 1 < shape[0] <= _SHORT and math.prod(shape[1:]) >= _MANY
+
+
+def _times(ones: Tensor, values: Tensor) -> Tensor:
+    """Multiply by a matrix along the first axis."""
+    rest = values.shape[1:]
+    product = jnp.matmul(ones, values.reshape(len(values), -1), precision="highest")
+    return product.reshape(-1, *rest)
 
 
 def second_moments(x: Tensor, axes: tuple[int, ...]) -> Moments:
@@ -87,6 +108,12 @@ def second_moments(x: Tensor, axes: tuple[int, ...]) -> Moments:
 
 def apply(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> Tensor:
     """Return ((x - center)·scale + shift)·gamma + beta; see `keras_bn.kernels`."""
-    y = (x - affine.center) * affine.scale + affine.shift
+    center, scale, shift = affine
+    axes = tuple(axis for axis, size in enumerate(scale.shape) if size == 1 != x.shape[axis])
+    if scale.ndim == x.ndim and scale.shape == shift.shape and _is_short(x.shape, axes):
+        # Spread by a product, their gradients are one, too.
+        ones = jnp.ones((len(x), 1), scale.dtype)
+        scale, shift = _times(ones, scale), _times(ones, shift)
+    y = (x - center) * scale + shift
     y = y if learned.gamma is None else y * learned.gamma
     return (y if learned.beta is None else y + learned.beta).astype(dtype)

@@ -36,6 +36,8 @@ Axes = tuple[int, ...]
 
 # Elements of a piece: 2 MiB in float32, which the cores' caches hold beside a copy.
 _PIECE = 1 << 19
+# Up to so many terms, a sum is not cut.
+_FEW = 64
 
 
 def number(x: Tensor, axes: Axes) -> int:
@@ -176,11 +178,16 @@ def _is_whole(x: Tensor) -> bool:
     return bool(x.device.type != "cpu" or x.numel() <= _PIECE)
 
 
-def _cut(x: Tensor) -> tuple[int, int]:
-    """Return the axis along which to cut, the outermost in memory, and the length of a piece."""
+def _cut(x: Tensor, axes: Axes = ()) -> tuple[int, int]:
+    """Return the axis along which to cut, the outermost in memory, and the length of a piece.
+
+    Sums over a few elements are nearly as large as what is summed: there each is made in one piece.
+    """
     if _is_whole(x):
         return 0, x.shape[0]
-    axis = max(range(x.ndim), key=lambda axis: x.stride(axis) * (x.shape[axis] > 1))
+    few = number(x, axes) <= _FEW
+    able = [a for a in range(x.ndim) if x.shape[a] > 1 and not (few and a in axes)]
+    axis = max(able or range(x.ndim), key=x.stride)
     return axis, max(1, x.shape[axis] * _PIECE // x.numel())
 
 
@@ -201,7 +208,7 @@ def _summed(
     sums: Callable[..., tuple[Tensor, ...]], axes: Axes, x: Tensor, *others: Any
 ) -> list[Tensor]:
     """Return what a function sums of x and others; of the pieces, added or side by side."""
-    axis, length = cut = _cut(x)
+    axis, length = cut = _cut(x, axes)
     if length >= x.shape[axis]:
         return list(sums(x, *others))
     parts = [sums(*pieces) for pieces in _pieces(cut, x, *others)]
