@@ -15,7 +15,7 @@ PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMPS  := $(VENV)/stamps
 PARTIAL := $(VENV)/partial
 
-.PHONY: help demo test test-oldest lint clean known-KERAS_BACKEND known-BACKENDS
+.PHONY: help demo bench test test-oldest lint clean known-KERAS_BACKEND known-BACKENDS
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -24,6 +24,9 @@ help:  ## list the targets
 
 demo: known-KERAS_BACKEND $(STAMPS)/$(KERAS_BACKEND) $(STAMPS)/examples  ## train on digits (KERAS_BACKEND=tensorflow|jax|torch)
 	KERAS_BACKEND=$(KERAS_BACKEND) TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python examples/digits.py
+
+bench: known-KERAS_BACKEND $(STAMPS)/$(KERAS_BACKEND) $(STAMPS)/examples  ## time the layers beside Keras' (KERAS_BACKEND=...)
+	KERAS_BACKEND=$(KERAS_BACKEND) TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python benchmarks/layers.py
 
 test: known-BACKENDS $(SUITE_NEEDS:%=$(STAMPS)/%)  ## run the suite (BACKENDS="jax torch", ARGS="-k moments")
 	@$(BIN)/python tests/run_suite.py --backends="$(BACKENDS)" $(ARGS)

@@ -68,7 +68,7 @@ def _step(function: Callable, parameters: list, x: torch.Tensor, dy: Any, mode: 
     x = x.detach().requires_grad_(dy is not None)
     if mode == "compile":
         torch.compiler.reset()
-        function = torch.compile(function, fullgraph=True)
+        function = torch.compile(function)  # keras.layers break the graph
 
     def train() -> object:
         return torch.autograd.grad(function(x), [x, *parameters], dy)

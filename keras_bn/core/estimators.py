@@ -1,5 +1,6 @@
 """From moments in time to stored statistics: moving averages, and renormalization's correction."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from keras import ops
@@ -7,6 +8,9 @@ from keras.backend import standardize_dtype
 
 from keras_bn.core.moments import Moments, is_static, positive
 from keras_bn.types import Tensor
+
+# Gives r and d of renormalization from the moments of a batch.
+Corrector = Callable[[Moments], tuple[Tensor, Tensor]]
 
 
 def moving_average(old: Tensor, new: Tensor, momentum: float) -> Tensor:

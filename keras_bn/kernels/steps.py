@@ -17,23 +17,26 @@ from keras_bn.kernels.normalization import Plan, normalize, varies
 from keras_bn.types import Tensor
 
 Axes = tuple[int, ...]
+Tensors = tuple[Tensor, ...]
 
 
 class Step(NamedTuple):
     """A function of tensors, with its derivative.
 
     Attributes:
-        forward: Gives, from the inputs, the outputs and what the derivative needs beside them:
-            constants of the pooled size.
+        forward: Gives, from the inputs, the outputs, further results without gradient, and what
+            the derivative needs beside the inputs: constants of the pooled size. It must not read
+            variables.
         backward: Gives the gradients of the inputs from the inputs, the constants and the
             gradients of the outputs.
-        plain: Gives the outputs from the inputs in differentiable operations, to differentiate
-            twice (then with the constants, which must not change) or in other ways (with None).
+        plain: Gives outputs and further results from the inputs in differentiable operations, to
+            differentiate twice (then with the constants, which must not change) or in other ways
+            (with None).
     """
 
-    forward: Callable[..., tuple[tuple[Tensor, ...], Any]]
-    backward: Callable[..., tuple[Tensor, ...]]
-    plain: Callable[..., tuple[Tensor, ...]]
+    forward: Callable[..., tuple[Tensors, Tensors, Any]]
+    backward: Callable[..., Tensors]
+    plain: Callable[..., tuple[Tensors, Tensors]]
 
 
 class Kernel:
@@ -55,7 +58,7 @@ class Kernel:
 
         def forward(x: Tensor) -> Any:
             found = _Forward(passes).moments(x, axes, weights)
-            return _tensors(found), _constant(found)
+            return _tensors(found), (), _constant(found)
 
         def backward(inputs: Any, found: Moments, grads: Any) -> Any:
             """dx = w·(d_mean / n + 2·d_m2·(x - mean))."""
@@ -66,7 +69,7 @@ class Kernel:
             return (passes.weighted(dx, weights),)
 
         def plain(inputs: Any, _: Any) -> Any:
-            return _tensors(generic.moments(inputs[0], axes, weights))
+            return _tensors(generic.moments(inputs[0], axes, weights)), ()
 
         found = passes.run(Step(forward, backward, plain), x)
         *count, pivot, offset, m2 = found
@@ -78,7 +81,7 @@ class Kernel:
         passes = self._passes
 
         def forward(x: Tensor, *affine: Tensor) -> Any:
-            return (passes.output(x, Affine(*affine), dtype),), None
+            return (passes.output(x, Affine(*affine), dtype),), (), None
 
         def backward(inputs: Any, _: Any, grads: Any) -> Any:
             """dx = dy·scale, d_shift = Σ dy, d_scale = Σ dy·(x - center)."""
@@ -88,7 +91,7 @@ class Kernel:
             return passes.scaled(dy, scale, _dtype(x)), -scale * d_shift, d_scale, d_shift
 
         def plain(inputs: Any, _: Any) -> Any:
-            return (generic.apply(inputs[0], Affine(*inputs[1:]), dtype),)
+            return (generic.apply(inputs[0], Affine(*inputs[1:]), dtype),), ()
 
         (y,) = passes.run(Step(forward, backward, plain), x, *affine)
         return y
@@ -110,16 +113,16 @@ class Kernel:
 
         def forward(x: Tensor, *given: Tensor) -> Any:
             y, found, correction = normalize(_Forward(passes), x, unpacked(given), plan)
-            return (y, *_tensors(found)), (_constant(found), correction)
+            return (y,), _tensors(found), (_constant(found), correction)
 
         def backward(inputs: Any, constants: Any, grads: Any) -> Any:
-            (x, *given), (dy, *_) = inputs, grads
+            (x, *given), (dy,) = inputs, grads
             return _gradients(passes, x, dy, unpacked(given), constants, plan)
 
         def plain(inputs: Any, constants: Any) -> Any:
             fixed = plan if constants is None else plan._replace(correct=lambda _: constants[1])
             y, found, _ = normalize(generic, inputs[0], unpacked(inputs[1:]), fixed)
-            return (y, *_tensors(found))
+            return (y,), _tensors(found)
 
         given = [part for part in learned if part is not None]
         y, *found = passes.run(Step(forward, backward, plain), x, *given)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
-from keras_bn.core.estimators import Limits, at_least, renorm_correction
+from keras_bn.core.estimators import Corrector, Limits, at_least, renorm_correction
 from keras_bn.core.moments import Moments, degrees_of_freedom, union
 from keras_bn.layers.batch_statistics import BatchStatistics
 from keras_bn.types import Shape, Tensor
@@ -166,16 +166,21 @@ class BatchNormalization(BatchStatistics):
     def _initial_stddev(self, shape: Shape, dtype: str | None = None) -> Tensor:
         return ops.sqrt(self.moving_variance_initializer(shape, dtype=dtype))
 
-    def _correction(self, batch: Moments) -> tuple[Tensor, Tensor] | None:
+    def _corrector(self, x: Tensor) -> Corrector | None:
         if not self.renorm:
             return None
-        dtype = batch.pivot.dtype
+        dtype = self._statistics_dtype(x)
         mean, stddev = (self._spread(v, dtype) for v in (self.renorm_mean, self.renorm_stddev))
         # The initial value may be 0.
         stddev = at_least(stddev, self.epsilon**0.5)
         count = self._spread_count(self.renorm_count, dtype)
-        own = self._stddev(batch.variance)
-        return renorm_correction(batch, own, mean, stddev, self._limits(dtype), count)
+        limits = self._limits(dtype)
+
+        def correct(batch: Moments) -> tuple[Tensor, Tensor]:
+            own = self._stddev(batch.variance)
+            return renorm_correction(batch, own, mean, stddev, limits, count)
+
+        return correct
 
     def _update(self, batch: Moments, known: Tensor) -> None:
         if self.renorm:

@@ -6,7 +6,13 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_bn.core.estimators import Limits, linear_ramp, moving_average, renorm_correction
+from keras_bn.core.estimators import (
+    Corrector,
+    Limits,
+    linear_ramp,
+    moving_average,
+    renorm_correction,
+)
 from keras_bn.core.moments import Moments
 from keras_bn.layers.batch_statistics import BatchStatistics
 from keras_bn.types import Shape, Tensor
@@ -144,13 +150,18 @@ class BatchRenormalization(BatchStatistics):
         missing_step = len(store) == last
         super().load_own_variables({**store, str(last): np.int32(0)} if missing_step else store)
 
-    def _correction(self, batch: Moments) -> tuple[Tensor, Tensor]:
-        dtype = batch.pivot.dtype
+    def _corrector(self, x: Tensor) -> Corrector:
+        dtype = self._statistics_dtype(x)
         kept = self._kept_moments(dtype)
-        stddev, stddev_kept = (self._stddev(moments.variance) for moments in (batch, kept))
+        stddev_kept = self._stddev(kept.variance)
         limits = Limits(*(ops.cast(limit, dtype) for limit in self.limits()))
         count = self._spread_count(self.moving_count, dtype)
-        return renorm_correction(batch, stddev, kept.mean, stddev_kept, limits, count)
+
+        def correct(batch: Moments) -> tuple[Tensor, Tensor]:
+            stddev = self._stddev(batch.variance)
+            return renorm_correction(batch, stddev, kept.mean, stddev_kept, limits, count)
+
+        return correct
 
     def _update(self, batch: Moments, known: Tensor) -> None:
         momentum = share = self._share(self.moving_count, self.momentum, batch, known)

@@ -9,7 +9,7 @@ from keras import ops
 from keras_bn import kernels
 from keras_bn.core.affine import compose, standardize
 from keras_bn.core.dtypes import statistics_dtype
-from keras_bn.core.estimators import moving_average
+from keras_bn.core.estimators import Corrector, moving_average
 from keras_bn.core.moments import Moments, is_known, is_static, merge
 from keras_bn.core.pooling import Ghosts, Pooling, ghosts_of, reduced_axes
 from keras_bn.layers.base import Normalization
@@ -99,7 +99,7 @@ class BatchStatistics(Normalization):
         self, x: Tensor, pooling: Pooling, kept: Moments, view: Any = None
     ) -> tuple[Tensor, Moments]:
         """Return the corrected output and the moments of what is pooled."""
-        y, moments = self._normalized(x, pooling, view, correct=self._correction, kept=kept)
+        y, moments = self._normalized(x, pooling, view, correct=self._corrector(x), kept=kept)
         self._warn_of_one_element(moments)
         return y, moments
 
@@ -132,8 +132,12 @@ class BatchStatistics(Normalization):
         weights = ops.broadcast_to(weights, (ghosts.samples, *ops.shape(weights)[1:]))
         return ghosts.split(x), Pooling((0,), ghosts.split(weights))
 
-    def _correction(self, batch: Moments) -> tuple[Tensor, Tensor] | None:
-        """Return r and d, by which a training batch is corrected; None for 1 and 0."""
+    def _corrector(self, x: Tensor) -> Corrector | None:
+        """Return what gives r and d, by which a training batch is corrected; None for 1 and 0.
+
+        It must not read variables: within a custom gradient TensorFlow (2.21) does not order this
+        before their update.
+        """
         return None
 
     def _update(self, batch: Moments, known: Tensor) -> None:

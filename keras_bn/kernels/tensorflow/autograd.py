@@ -9,11 +9,18 @@ from keras_bn.types import Tensor
 
 
 def run(step: Step, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Return the step's outputs, with its derivative; of its inputs' size, only these are kept."""
+    """Return the step's outputs, with its derivative, and its further results.
+
+    Of the inputs' size, only the inputs are kept.
+    """
+    # Not through the custom gradient: TensorFlow 2.21 joins all its outputs in one IdentityN, and
+    # its optimizer then drops edges that order reading a variable before its update.
+    further: list[Tensor] = []
 
     @tf.custom_gradient
     def forward(*inputs: Tensor) -> Any:
-        outputs, constants = step.forward(*inputs)
+        outputs, others, constants = step.forward(*inputs)
+        further.extend(others)
 
         def gradient(*grads: Tensor) -> Any:
             # What was looked up by index afterwards has a sparse gradient.
@@ -22,7 +29,7 @@ def run(step: Step, *inputs: Tensor) -> tuple[Tensor, ...]:
 
         return outputs, gradient
 
-    return tuple(forward(*inputs))
+    return (*forward(*inputs), *further)
 
 
 def _gradient(step: Step, constants: Any, inputs: Any, grads: Any) -> tuple[Tensor, ...]:
@@ -33,16 +40,13 @@ def _gradient(step: Step, constants: Any, inputs: Any, grads: Any) -> tuple[Tens
         inputs, grads = given[:count], given[count:]
 
         def second(*tangents: Tensor) -> Any:
-            def plain(*given: Tensor) -> Any:
-                with tf.GradientTape() as tape:
-                    tape.watch(given[:count])
-                    outputs = step.plain(given[:count], constants)
-                return tape.gradient(outputs, given[:count], given[count:])
-
-            with tf.GradientTape() as tape:
-                tape.watch(given)
-                found = plain(*given)
-            return tape.gradient(found, given, tangents, unconnected_gradients="zero")
+            with tf.GradientTape() as outer:
+                outer.watch(given)
+                with tf.GradientTape() as inner:
+                    inner.watch(given[:count])
+                    outputs, _ = step.plain(given[:count], constants)
+                found = inner.gradient(outputs, given[:count], given[count:])
+            return outer.gradient(found, given, tangents, unconnected_gradients="zero")
 
         return step.backward(inputs, constants, grads), second
 

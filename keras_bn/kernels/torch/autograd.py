@@ -11,14 +11,16 @@ from keras_bn.types import Tensor
 
 
 def run(step: Step, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Return the step's outputs, with its derivative; of its inputs' size, only these are saved.
+    """Return the step's outputs, with its derivative, and its further results.
 
-    Under `torch.func` and in forward mode it is the plain step, which goes through everything.
+    Of the inputs' size, only the inputs are saved. Under `torch.func` and in forward mode it is
+    the plain step, which goes through everything.
     """
     if not torch.compiler.is_compiling() and _is_transformed(inputs):
-        return step.plain(inputs, None)
-    outputs: tuple[Tensor, ...] = _Differentiable.apply(step, *inputs)
-    return outputs
+        outputs, others = step.plain(inputs, None)
+        return (*outputs, *others)
+    results: tuple[Tensor, ...] = _Differentiable.apply(step, *inputs)
+    return results
 
 
 def _is_transformed(inputs: tuple[Tensor, ...]) -> bool:
@@ -31,16 +33,17 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: Step, *inputs: Tensor) -> tuple[Tensor, ...]:
-        outputs, ctx.constants = step.forward(*inputs)
-        ctx.step = step
+        outputs, others, ctx.constants = step.forward(*inputs)
+        ctx.step, ctx.number = step, len(outputs)
         ctx.save_for_backward(*inputs)
-        return outputs
+        ctx.mark_non_differentiable(*others)
+        return (*outputs, *others)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         step, inputs, constants = ctx.step, ctx.saved_tensors, ctx.constants
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # This gradient is to be differentiated, and the passes cannot be.
-            _, gradient = torch.func.vjp(lambda *inputs: step.plain(inputs, constants), *inputs)
-            return None, *gradient(grads)
-        return None, *step.backward(inputs, constants, grads)
+            _, gradient = torch.func.vjp(lambda *inputs: step.plain(inputs, constants)[0], *inputs)
+            return None, *gradient(grads[: ctx.number])
+        return None, *step.backward(inputs, constants, grads[: ctx.number])
