@@ -58,8 +58,8 @@ CENTER_LATE = {
     ),
     "jax": (
         JAX,
-        "(x - affine.center) * affine.scale + affine.shift",
-        "x * affine.scale + (affine.shift - affine.center * affine.scale)",
+        "(x - center) * scale + shift",
+        "x * scale + (shift - center * scale)",
     ),
     "torch": (
         PASSES,
