@@ -19,12 +19,20 @@ standardized x is at most 8·u·(1 + κ). For the gradient only `x` in its own d
 and arrays of the pooled size are kept. Neither communicates: a sum over replicas goes between.
 """
 
-from keras_bn.kernels.active import apply, apply_foreign, is_foreign, moments, normalize
+from keras_bn.kernels.active import (
+    apply,
+    apply_foreign,
+    is_compiling,
+    is_foreign,
+    moments,
+    normalize,
+)
 from keras_bn.kernels.lengths import length, with_length
 
 __all__ = [
     "apply",
     "apply_foreign",
+    "is_compiling",
     "is_foreign",
     "length",
     "moments",

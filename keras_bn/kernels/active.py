@@ -58,8 +58,13 @@ def normalize(
     if hasattr(_kernel, "normalize"):
         y, found = _kernel.normalize(x, learned, plan)
     else:
-        y, found, _ = normalization.normalize(_kernel, x, learned, plan)
+        y, found, *_ = normalization.normalize(_kernel, x, learned, plan)
     return y, found
+
+
+def is_compiling() -> bool:
+    """Say whether a compiler that cannot trace a warning is at work."""
+    return bool(_kernel.is_compiling()) if hasattr(_kernel, "is_compiling") else False
 
 
 def _hold(x: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ class Plan(NamedTuple):
 
 def normalize(
     kernel: Any, x: Tensor, learned: Learned, plan: Plan
-) -> tuple[Tensor, Moments, Correction]:
-    """Return y = gamma·(r·(x - mean)/√(variance + epsilon) + d) + beta, the moments, r and d.
+) -> tuple[Tensor, Moments, Moments, Correction]:
+    """Return y = gamma·(r·(x - mean)/√(variance + epsilon) + d) + beta, and what it is made with.
 
     Args:
         kernel: Has `moments` and `apply`; see `keras_bn.kernels`.
@@ -42,7 +42,7 @@ def normalize(
         plan: What to do.
 
     Returns:
-        y, the moments (of an empty set with count 0), and the correction.
+        y, the moments (of an empty set with count 0), those that were used, and the correction.
     """
     moments = _pooled(kernel, x, plan.pooling)
     filled = moments if plan.kept is None else or_else(moments, plan.kept)
@@ -51,8 +51,9 @@ def normalize(
     if correction is not None:
         affine = compose(affine, *correction)
     if varies(learned, plan.pooling.axes):
-        return kernel.apply(x, affine, plan.dtype, learned), moments, correction
-    return kernel.apply(x, compose(affine, *learned), plan.dtype), moments, correction
+        return kernel.apply(x, affine, plan.dtype, learned), moments, filled, correction
+    y = kernel.apply(x, compose(affine, *learned), plan.dtype)
+    return y, moments, filled, correction
 
 
 def varies(learned: Learned, axes: tuple[int, ...]) -> bool:

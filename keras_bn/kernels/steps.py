@@ -11,7 +11,7 @@ from keras import ops
 from keras.backend import standardize_dtype
 
 from keras_bn.core.affine import AS_IS, Affine, Learned
-from keras_bn.core.moments import Moments, is_static, or_else, positive, settled
+from keras_bn.core.moments import Moments, is_static, positive, settled
 from keras_bn.kernels import generic
 from keras_bn.kernels.normalization import Plan, normalize, varies
 from keras_bn.types import Tensor
@@ -112,8 +112,8 @@ class Kernel:
             return Learned(*(None if part is None else next(left) for part in learned))
 
         def forward(x: Tensor, *given: Tensor) -> Any:
-            y, found, correction = normalize(_Forward(passes), x, unpacked(given), plan)
-            return (y,), _tensors(found), (_constant(found), correction)
+            y, found, used, correction = normalize(_Forward(passes), x, unpacked(given), plan)
+            return (y,), _tensors(found), (_constant(used), correction)
 
         def backward(inputs: Any, constants: Any, grads: Any) -> Any:
             (x, *given), (dy,) = inputs, grads
@@ -121,7 +121,7 @@ class Kernel:
 
         def plain(inputs: Any, constants: Any) -> Any:
             fixed = plan if constants is None else plan._replace(correct=lambda _: constants[1])
-            y, found, _ = normalize(generic, inputs[0], unpacked(inputs[1:]), fixed)
+            y, found, *_ = normalize(generic, inputs[0], unpacked(inputs[1:]), fixed)
             return (y,), _tensors(found)
 
         given = [part for part in learned if part is not None]
@@ -166,7 +166,6 @@ def _gradients(
     dx = (g·dy - w·(Σ g·dy + z·Σ g·dy·z) / n) / √(variance + epsilon).
     """
     found, correction = constants
-    found = found if plan.kept is None else or_else(found, plan.kept)
     axes, weights, total, is_centered = plan.pooling
     outer, inner = (learned, AS_IS) if varies(learned, axes) else (AS_IS, learned)
     inverse = 1.0 / ops.sqrt(found.variance + plan.epsilon)

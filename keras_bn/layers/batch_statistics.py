@@ -218,7 +218,8 @@ class BatchStatistics(Normalization):
         self.step.assign(self.step + ops.cast(ops.any(known), "int32"))
 
     def _warn_of_one_element(self, moments: Moments) -> None:
-        if is_static(moments.count) and moments.count == 1 and not self._has_warned:
+        is_one = is_static(moments.count) and moments.count == 1
+        if is_one and not self._has_warned and not kernels.is_compiling():
             self._has_warned = True
             warnings.warn(
                 f"{type(self).__name__} '{self.name}' trains on one element per channel: its "

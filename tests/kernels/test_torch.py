@@ -14,6 +14,8 @@ if keras.backend.backend() != "torch":
 
 import torch
 
+from keras_bn.kernels.torch.sums import sum_over
+
 U = hard.unit_roundoff("float32")
 
 
@@ -148,3 +150,9 @@ def test_a_checkpoint_changes_no_gradient():
     again = torch.utils.checkpoint.checkpoint(loss, x, use_reentrant=False)
     (found,), (expected,) = torch.autograd.grad(again, x), torch.autograd.grad(loss(x), x)
     assert torch.equal(found, expected)
+
+
+def test_a_compiled_sum_is_as_wide_as_it_is_asked_for():
+    values = sample(4096, 3, dtype=torch.bfloat16)
+    total = torch.compile(lambda v: sum_over(v, (0,), torch.float64), backend="aot_eager")(values)
+    assert torch.allclose(total, values.double().sum(0, keepdim=True), rtol=1e-14)

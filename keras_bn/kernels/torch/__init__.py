@@ -6,6 +6,7 @@ from keras_bn.kernels.steps import Kernel
 from keras_bn.kernels.torch import passes
 from keras_bn.types import Tensor
 
+is_compiling = torch.compiler.is_compiling
 _kernel = Kernel(passes)
 moments, apply, normalize = _kernel.moments, _kernel.apply, _kernel.normalize
 

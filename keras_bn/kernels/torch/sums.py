@@ -16,7 +16,7 @@ def sum_over(values: Tensor, axes: Axes, dtype: torch.dtype) -> Tensor:
     # torch 2.13: inductor's loops on the CPU add one by one (48 units in the last place for 4096
     # elements) where eager kernels sum in blocks. float64 is fused and costs no copy.
     if dtype == torch.float64:
-        total: Tensor = torch.ops.keras_bn.eager_sum(values, axes)
+        total: Tensor = torch.ops.keras_bn.eager_sum(values.to(dtype), axes)
         return total
     return values.sum(axes, keepdim=True, dtype=torch.float64).to(dtype)
 
