@@ -160,7 +160,7 @@ def measured(case: Case, seconds: float) -> dict[str, Any]:
         steps["native"] = native
     times = in_turn(steps, seconds)
     nbytes = int(np.prod(shape)) * (4 if case.dtype == "float32" else 2)
-    least = PASSES[case.layer][not case.training] * nbytes / streaming_bandwidth(nbytes)
+    least = PASSES[case.layer][not case.training] * nbytes / streaming_bandwidth(nbytes, engine)
     row = case._asdict() | {"backend": keras.backend.backend()}
     row |= {f"{name} ms": 1e3 * float(np.median(rounds)) for name, rounds in times.items()}
     row["limit"] = float(np.median(times["ours"])) / least
@@ -202,8 +202,9 @@ def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
                     ]
                     cells.append(f"{geometric_mean(values):.2f}" if values else "-")
                 lines.append((rival, *cells))
-            if chosen:
-                worst = min(chosen, key=lambda r: r["x keras"])
+            beside_keras = [r for r in chosen if r["layer"] != "ghost"]
+            if beside_keras:
+                worst = min(beside_keras, key=lambda r: r["x keras"])
                 yield f"\n{mode}, {dtype}: geometric mean over {', '.join(main_shapes)}, training"
                 yield table(lines, markdown=False)
                 yield f"worst single case: {worst['x keras']:.2f} ({next(iter(shown(worst)))})"

@@ -14,12 +14,10 @@ Prints a table and writes a picture of the learning curves. It takes minutes on 
 with JAX; --epochs makes it shorter.
 
 What to look for: a plain branch adds as much variance as its input has, so through 54 of them the
-signal explodes. The plain network starts at a loss of hundreds of thousands. With JAX the first
-steps throw its weights to where nothing depends on the image any more, and it goes on guessing, at
-a loss of log(10) = 2.303, at a ten-thousandth of the learning rate too; with TensorFlow and PyTorch
-its loss is NaN. Fixup starts each branch at 0 and its first layer small, and trains, if more slowly
-than batch normalization. At four times the learning rate it ended up guessing as well, and with
-its scalars frozen it trained; the authors of Fixup give these a tenth of the rate.
+signal explodes: the plain network's first epoch has a loss thousands of times that of guessing.
+With JAX it then goes on guessing, at a loss of log(10) = 2.303; with TensorFlow and PyTorch its
+loss is NaN. Fixup starts each branch at 0 and its first layer small, and trains, if more slowly
+than batch normalization. The authors of Fixup give its scalars a tenth of the rate.
 """
 
 import argparse

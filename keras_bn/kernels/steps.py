@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from keras import ops
 from keras.backend import standardize_dtype
 
-from keras_bn.core.affine import AS_IS, Affine, Learned
+from keras_bn.core.affine import AS_IS, Affine, Learned, standardize
 from keras_bn.core.moments import Moments, is_static, positive, settled
 from keras_bn.kernels import generic
 from keras_bn.kernels.normalization import Plan, normalize, varies
@@ -25,8 +25,8 @@ class Step(NamedTuple):
 
     Attributes:
         forward: Gives, from the inputs, the outputs, further results without gradient, and what
-            the derivative needs beside the inputs: constants of the pooled size. It must not read
-            variables.
+            the derivative needs beside the inputs: constants of the pooled size. It is a
+            function of tensors, and reads no variable.
         backward: Gives the gradients of the inputs from the inputs, the constants and the
             gradients of the outputs.
         plain: Gives outputs and further results from the inputs in differentiable operations, to
@@ -44,12 +44,12 @@ class Kernel:
 
     Args:
         passes: A module with sums (`number`, `total`, `squares`, `deviations`, `products`,
-            `mapped_products`), maps (`mapped`, `output`, `scaled`, `combined`, `weighted`),
-            and `run`.
+            `mapped_products`) and maps (`mapped`, `scaled`, `combined`, `weighted`).
+        run: Gives the results of a step and its inputs, with the step's derivative.
     """
 
-    def __init__(self, passes: Any) -> None:
-        self._passes = passes
+    def __init__(self, passes: Any, run: Callable[..., Tensors]) -> None:
+        self._passes, self._run = passes, run
 
     def moments(self, x: Tensor, axes: Axes, weights: Tensor | None = None) -> Moments:
         """Return the moments of `x` over `axes`."""
@@ -71,7 +71,7 @@ class Kernel:
         def plain(inputs: Any, _: Any) -> Any:
             return _tensors(generic.moments(inputs[0], axes, weights)), ()
 
-        found = passes.run(Step(forward, backward, plain), x)
+        found = self._run(Step(forward, backward, plain), x)
         *count, pivot, offset, m2 = found
         count = ops.stop_gradient(*count) if count else passes.number(x, axes)
         return Moments(count, ops.stop_gradient(pivot), offset, m2)
@@ -81,7 +81,7 @@ class Kernel:
         passes = self._passes
 
         def forward(x: Tensor, *affine: Tensor) -> Any:
-            return (passes.output(x, Affine(*affine), dtype),), (), None
+            return (passes.mapped(x, Affine(*affine), dtype),), (), None
 
         def backward(inputs: Any, _: Any, grads: Any) -> Any:
             """dx = dy·scale, d_shift = Σ dy, d_scale = Σ dy·(x - center)."""
@@ -93,7 +93,7 @@ class Kernel:
         def plain(inputs: Any, _: Any) -> Any:
             return (generic.apply(inputs[0], Affine(*inputs[1:]), dtype),), ()
 
-        (y,) = passes.run(Step(forward, backward, plain), x, *affine)
+        (y,) = self._run(Step(forward, backward, plain), x, *affine)
         return y
 
     def normalize(self, x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments]:
@@ -125,7 +125,7 @@ class Kernel:
             return (y,), _tensors(found)
 
         given = [part for part in learned if part is not None]
-        y, *found = passes.run(Step(forward, backward, plain), x, *given)
+        y, *found = self._run(Step(forward, backward, plain), x, *given)
         found = [ops.stop_gradient(part) for part in found]
         return y, Moments(*(found if len(found) == 4 else [passes.number(x, axes), *found]))
 
@@ -153,7 +153,7 @@ class _Forward(NamedTuple):
 
     def apply(self, x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> Tensor:
         """The map."""
-        y: Tensor = self.passes.output(x, affine, dtype, learned)
+        y: Tensor = self.passes.mapped(x, affine, dtype, learned)
         return y
 
 
@@ -168,7 +168,8 @@ def _gradients(
     found, correction = constants
     axes, weights, total, is_centered = plan.pooling
     outer, inner = (learned, AS_IS) if varies(learned, axes) else (AS_IS, learned)
-    inverse = 1.0 / ops.sqrt(found.variance + plan.epsilon)
+    affine = standardize(found, plan.epsilon)
+    inverse = affine.scale
     first, second = passes.products(x, dy, found.pivot, axes, outer.gamma)
     second = (second - found.offset * first) * inverse
     r, d = (1.0, None) if correction is None else correction
@@ -181,7 +182,6 @@ def _gradients(
     terms = (inverse * factor, slope, level - slope * found.offset)
     dx = passes.combined(x, dy, found.pivot, terms, weights, outer.gamma)
     if not outer.is_nothing:
-        affine = Affine(found.pivot, inverse, -found.offset * inverse)
         d_gamma, d_beta = passes.mapped_products(x, dy, affine, _shared_axes(learned))
     else:
         d_gamma, d_beta = r * second if d is None else r * second + d * first, first

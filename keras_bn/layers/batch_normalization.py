@@ -166,10 +166,10 @@ class BatchNormalization(BatchStatistics):
     def _initial_stddev(self, shape: Shape, dtype: str | None = None) -> Tensor:
         return ops.sqrt(self.moving_variance_initializer(shape, dtype=dtype))
 
-    def _corrector(self, x: Tensor) -> Corrector | None:
+    def _corrector(self, kept: Moments) -> Corrector | None:
         if not self.renorm:
             return None
-        dtype = self._statistics_dtype(x)
+        dtype = kept.pivot.dtype
         mean, stddev = (self._spread(v, dtype) for v in (self.renorm_mean, self.renorm_stddev))
         # The initial value may be 0.
         stddev = at_least(stddev, self.epsilon**0.5)

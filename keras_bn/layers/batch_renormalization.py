@@ -150,9 +150,8 @@ class BatchRenormalization(BatchStatistics):
         missing_step = len(store) == last
         super().load_own_variables({**store, str(last): np.int32(0)} if missing_step else store)
 
-    def _corrector(self, x: Tensor) -> Corrector:
-        dtype = self._statistics_dtype(x)
-        kept = self._kept_moments(dtype)
+    def _corrector(self, kept: Moments) -> Corrector:
+        dtype = kept.pivot.dtype
         stddev_kept = self._stddev(kept.variance)
         limits = Limits(*(ops.cast(limit, dtype) for limit in self.limits()))
         count = self._spread_count(self.moving_count, dtype)

@@ -99,7 +99,7 @@ class BatchStatistics(Normalization):
         self, x: Tensor, pooling: Pooling, kept: Moments, view: Any = None
     ) -> tuple[Tensor, Moments]:
         """Return the corrected output and the moments of what is pooled."""
-        y, moments = self._normalized(x, pooling, view, correct=self._corrector(x), kept=kept)
+        y, moments = self._normalized(x, pooling, view, correct=self._corrector(kept), kept=kept)
         self._warn_of_one_element(moments)
         return y, moments
 
@@ -132,11 +132,10 @@ class BatchStatistics(Normalization):
         weights = ops.broadcast_to(weights, (ghosts.samples, *ops.shape(weights)[1:]))
         return ghosts.split(x), Pooling((0,), ghosts.split(weights))
 
-    def _corrector(self, x: Tensor) -> Corrector | None:
+    def _corrector(self, kept: Moments) -> Corrector | None:
         """Return what gives r and d, by which a training batch is corrected; None for 1 and 0.
 
-        It must not read variables: within a custom gradient TensorFlow (2.21) does not order this
-        before their update.
+        Variables are read here, not by what is returned, which is part of a differentiable step.
         """
         return None
 

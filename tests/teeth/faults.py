@@ -53,8 +53,8 @@ UNMASKED_GRADIENT = {
 CENTER_LATE = {
     "tensorflow": (
         PASSES,
-        "difference * affine.scale + affine.shift, dtype",
-        "tf.cast(x, dtype) * affine.scale + (affine.shift - affine.center * affine.scale), dtype",
+        "difference * affine.scale + affine.shift, learned",
+        "tf.cast(x, dtype) * affine.scale + (affine.shift - affine.center * affine.scale), learned",
     ),
     "jax": (
         JAX,

@@ -2,6 +2,7 @@
 
 from keras_bn.kernels.steps import Kernel
 from keras_bn.kernels.tensorflow import passes
+from keras_bn.kernels.tensorflow.autograd import run
 
-_kernel = Kernel(passes)
+_kernel = Kernel(passes, run)
 moments, apply, normalize = _kernel.moments, _kernel.apply, _kernel.normalize

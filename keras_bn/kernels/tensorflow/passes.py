@@ -6,24 +6,8 @@ import tensorflow as tf
 
 from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.dtypes import statistics_dtype
-from keras_bn.kernels.tensorflow.autograd import run
 from keras_bn.kernels.tensorflow.sums import sum_over
 from keras_bn.types import Tensor
-
-__all__ = [
-    "combined",
-    "deviations",
-    "mapped",
-    "mapped_products",
-    "number",
-    "output",
-    "products",
-    "run",
-    "scaled",
-    "squares",
-    "total",
-    "weighted",
-]
 
 Axes = tuple[int, ...]
 
@@ -70,17 +54,10 @@ def mapped_products(x: Tensor, dy: Tensor, affine: Affine, axes: Axes) -> tuple[
     return sum_over(dy * mapped(x, affine, dtype), axes), sum_over(dy, axes)
 
 
-def mapped(x: Tensor, affine: Affine, dtype: str) -> Tensor:
-    """Return (x - center)·scale + shift."""
-    difference = tf.cast(x, affine.scale.dtype) - affine.center
-    return tf.cast(difference * affine.scale + affine.shift, dtype)
-
-
-def output(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> Tensor:
+def mapped(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> Tensor:
     """Return ((x - center)·scale + shift)·gamma + beta."""
-    if learned.is_nothing:
-        return mapped(x, affine, dtype)
-    y = _times(mapped(x, affine, affine.scale.dtype), learned.gamma)
+    difference = tf.cast(x, affine.scale.dtype) - affine.center
+    y = _times(difference * affine.scale + affine.shift, learned.gamma)
     return tf.cast(y if learned.beta is None else y + learned.beta, dtype)
 
 

@@ -4,10 +4,11 @@ import torch
 
 from keras_bn.kernels.steps import Kernel
 from keras_bn.kernels.torch import passes
+from keras_bn.kernels.torch.autograd import run
 from keras_bn.types import Tensor
 
 is_compiling = torch.compiler.is_compiling
-_kernel = Kernel(passes)
+_kernel = Kernel(passes, run)
 moments, apply, normalize = _kernel.moments, _kernel.apply, _kernel.normalize
 
 

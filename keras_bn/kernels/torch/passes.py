@@ -13,24 +13,8 @@ import torch
 
 from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.dtypes import statistics_dtype
-from keras_bn.kernels.torch.autograd import run
 from keras_bn.kernels.torch.sums import sum_over
 from keras_bn.types import Tensor
-
-__all__ = [
-    "combined",
-    "deviations",
-    "mapped",
-    "mapped_products",
-    "number",
-    "output",
-    "products",
-    "run",
-    "scaled",
-    "squares",
-    "total",
-    "weighted",
-]
 
 Axes = tuple[int, ...]
 
@@ -100,27 +84,19 @@ def mapped_products(x: Tensor, dy: Tensor, affine: Affine, axes: Axes) -> list[T
     return _summed(sums, axes, x, dy, *affine)
 
 
-def output(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> Tensor:
+def mapped(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> Tensor:
     """Return ((x - center)·scale + shift)·gamma + beta."""
-    if learned.is_nothing:
-        return mapped(x, affine, dtype)
 
     def line(part: Any, *parts: Any, out: Any) -> Any:
         center, scale, shift, gamma, beta = parts
+        if gamma is None and beta is None:
+            return torch.addcmul(shift, part - center, scale, out=out)
         z = torch.addcmul(shift, part - center, scale)
-        z = z if gamma is None else z.mul_(gamma)
-        return torch.mul(z, 1, out=out) if beta is None else torch.add(z, beta, out=out)
+        if beta is None:
+            return torch.mul(z, gamma, out=out)
+        return torch.add(z if gamma is None else z.mul_(gamma), beta, out=out)
 
     return _made(line, getattr(torch, dtype), x, *affine, *learned)
-
-
-def mapped(x: Tensor, affine: Affine, dtype: str) -> Tensor:
-    """Return (x - center)·scale + shift."""
-
-    def line(part: Tensor, center: Tensor, scale: Tensor, shift: Tensor, out: Any) -> Tensor:
-        return torch.addcmul(shift, part - center, scale, out=out)
-
-    return _made(line, getattr(torch, dtype), x, *affine)
 
 
 def scaled(x: Tensor, scale: Tensor, dtype: str) -> Tensor:
