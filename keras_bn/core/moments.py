@@ -124,18 +124,65 @@ def merge(parts: Moments, total: Callable[[Tensor], Tensor]) -> Moments:
     # Divided before the sum, which gives all parts the same number; a division after it need not:
     # vectorized and scalar divisions round differently (TensorFlow 2.21).
     pivot = settled(ops.stop_gradient(total(counts / positive(count) * parts.pivot)))
-    # An empty part may lie so far off that its distance overflows.
-    distance = ops.where(counts > 0, (parts.pivot - pivot) + parts.offset, ops.zeros_like(pivot))
+    distance = _distance(parts, counts, pivot)
     offset = total(counts * distance) / positive(count)
     m2 = total(parts.m2 + counts * ops.square(distance - offset))
     return Moments(count, pivot, offset, m2)
 
 
+def merge_replicas(own: Moments, total: Callable[[Tensor], Tensor]) -> Moments:
+    """Merge the moments that each replica has of its part, in two sums, as `merge`.
+
+    n = Σ n_i and pivot = Σ n_i·pivot_i / n; then, with d_i = mean_i - pivot,
+    offset = Σ n_i·d_i / n and m2 = Σ (m2_i + n_i·d_i²) - n·offset².
+
+    Args:
+        own: The moments of this replica's part.
+        total: Sums an array over the replicas, with its gradient. It is the same program on all
+            of them that divides, so they come to the same pivot.
+
+    Returns:
+        The merged moments, the same on every replica.
+    """
+    counts = _counted(own).count
+    sums = total(ops.stack([counts, ops.stop_gradient(counts * own.pivot)]))
+    count, weighted = sums[0], sums[1]
+    pivot = settled(weighted / positive(count))
+    distance = _distance(own, counts, pivot)
+    sums = total(ops.stack([counts * distance, own.m2 + counts * ops.square(distance)]))
+    first, second = sums[0], sums[1]
+    offset = first / positive(count)
+    # The pivot is the rounded mean, so this subtracts next to nothing.
+    return Moments(count, pivot, offset, ops.relu(second - first * offset))
+
+
+def _distance(parts: Moments, counts: Tensor, pivot: Tensor) -> Tensor:
+    """Return the means less a pivot; an empty part may lie so far off that it overflows."""
+    return ops.where(counts > 0, (parts.pivot - pivot) + parts.offset, ops.zeros_like(pivot))
+
+
+def merge_gathered(own: Moments, gather: Callable[[Tensor], Tensor]) -> Moments:
+    """Merge the moments that each replica has of its part, in one exchange, as `merge`.
+
+    Args:
+        own: The moments of this replica's part.
+        gather: Stacks an array of all replicas along a new first axis, with its gradient.
+
+    Returns:
+        The merged moments, the same on every replica.
+    """
+    return _merge_stacked(gather(ops.stack(_counted(own))))
+
+
 def union(first: Moments, second: Moments) -> Moments:
     """Return the moments of two sets together."""
-    pairs = zip(_counted(first), _counted(second), strict=True)
-    parts = Moments(*(ops.stack(pair) for pair in pairs))
-    merged = merge(parts, lambda array: ops.sum(array, axis=0, keepdims=True))
+    return _merge_stacked(ops.stack([ops.stack(_counted(part)) for part in (first, second)]))
+
+
+def _merge_stacked(parts: Tensor) -> Moments:
+    """Merge parts along the first axis; count, pivot, offset and m2 lie along the second."""
+    fields = Moments(*(parts[:, field] for field in range(len(Moments._fields))))
+    merged = merge(fields, lambda array: ops.sum(array, axis=0, keepdims=True))
     return Moments(*(part[0] for part in merged))
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from keras import ops
 
+from keras_bn.core.moments import Moments
 from keras_bn.types import Shape, Tensor
 
 
@@ -17,12 +18,14 @@ class Pooling(NamedTuple):
         total: Sums an array of cells over those that belong together, given back to each of them;
             None where each cell is a set.
         is_centered: Whether moments are about the mean; else about 0, which stands for the mean.
+        across: Merges the moments with those of the other replicas; None where there are none.
     """
 
     axes: tuple[int, ...]
     weights: Tensor | None = None
     total: Callable[[Tensor], Tensor] | None = None
     is_centered: bool = True
+    across: Callable[[Moments], Moments] | None = None
 
 
 def reduced_axes(rank: int, kept: tuple[int, ...]) -> tuple[int, ...]:

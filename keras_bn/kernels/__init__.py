@@ -16,10 +16,12 @@ center that is to have a gradient.
 With u the unit roundoff of the statistics' dtype and κ = |mean| / standard deviation:
 |variance / true - 1| <= 8·u·(1 + κ²·u), however many elements there are, and the error of
 standardized x is at most 8·u·(1 + κ). For the gradient only `x` in its own dtype, the weights,
-and arrays of the pooled size are kept. Neither communicates: a sum over replicas goes between.
+and arrays of the pooled size are kept. Neither communicates: what merges moments over replicas
+(`across`) goes between.
 """
 
 from keras_bn.kernels.active import (
+    across,
     apply,
     apply_foreign,
     is_compiling,
@@ -30,6 +32,7 @@ from keras_bn.kernels.active import (
 from keras_bn.kernels.lengths import length, with_length
 
 __all__ = [
+    "across",
     "apply",
     "apply_foreign",
     "is_compiling",

@@ -26,6 +26,24 @@ moments: Callable[..., Moments] = _kernel.moments
 apply: Callable[..., Tensor] = _kernel.apply
 
 
+def across(layer: str, axis_name: str | None, group: Any) -> Callable[[Moments], Moments] | None:
+    """Return what merges moments with those of all replicas; None where there are no others.
+
+    Args:
+        layer: Name of the layer, for errors.
+        axis_name: Name of the mapped axis of replicas, in JAX.
+        group: Process group of the replicas, in PyTorch; None for all processes.
+
+    Raises:
+        ValueError: It cannot be found out what the replicas are.
+    """
+    if _backend not in ("tensorflow", "jax", "torch"):
+        return None
+    replicas = importlib.import_module(f"keras_bn.kernels.{_backend}.replicas")
+    found: Callable[[Moments], Moments] | None = replicas.across(layer, axis_name, group)
+    return found
+
+
 def normalize(
     x: Tensor,
     pooling: Pooling,
@@ -55,7 +73,8 @@ def normalize(
         return None if found is None else (_hold(found[0]), _hold(found[1]))
 
     plan = Plan(pooling, epsilon, dtype, correction, kept)
-    if hasattr(_kernel, "normalize"):
+    # A collective inside a derivative by hand would be counted twice, so then in parts.
+    if hasattr(_kernel, "normalize") and pooling.across is None:
         y, found = _kernel.normalize(x, learned, plan)
     else:
         y, found, *_ = normalization.normalize(_kernel, x, learned, plan)

@@ -67,5 +67,6 @@ def _pooled(kernel: Any, x: Tensor, pooling: Pooling) -> Moments:
     if not pooling.is_centered:
         second: Moments = kernel.second_moments(x, pooling.axes)
         return second
-    cells = kernel.moments(x, pooling.axes, pooling.weights)
-    return cells if pooling.total is None else merge(cells, pooling.total)
+    found = kernel.moments(x, pooling.axes, pooling.weights)
+    found = found if pooling.total is None else merge(found, pooling.total)
+    return found if pooling.across is None else pooling.across(found)

@@ -166,7 +166,7 @@ def _gradients(
     dx = (g·dy - w·(Σ g·dy + z·Σ g·dy·z) / n) / √(variance + epsilon).
     """
     found, correction = constants
-    axes, weights, total, is_centered = plan.pooling
+    axes, weights, total, is_centered, _ = plan.pooling
     outer, inner = (learned, AS_IS) if varies(learned, axes) else (AS_IS, learned)
     affine = standardize(found, plan.epsilon)
     inverse = affine.scale

@@ -62,14 +62,16 @@ class BatchNormalization(BatchStatistics):
         renorm_clipping: Limits of the correction, under the keys `"rmin"`, `"rmax"`, `"dmax"`:
             numbers, or `LearningRateSchedule` objects, which count this layer's training steps.
         renorm_momentum: Share of the old statistics of `renorm` at each step, in [0, 1].
-        synchronized: Whether statistics shall be taken over all replicas. Stored; this version
-            does not communicate yet.
+        synchronized: Whether mean and variance are those of all replicas' batches together: under
+            `tf.distribute`, on the mapped axis `axis_name` of JAX (`shard_map`, `pmap`, `vmap`;
+            under `keras.distribution` they are so anyway), and over the layer's `process_group`
+            of `torch.distributed`. A ghost stays within its replica; what is kept is of all.
         debias: Whether to take the initial value out of the moving statistics, those of `renorm`
             too. What is stored is the corrected value.
         unbiased: Whether the moving variance takes up m2 / (count - 1) instead of m2 / count; of a
             single element, 0. The batch itself is normalized by the biased variance in any case.
         virtual_batch_size: Number of samples in the largest ghost; None for the whole batch.
-        axis_name: Name of the mapped axis of replicas in JAX. Stored, like `synchronized`.
+        axis_name: Name of the mapped axis of replicas in JAX, for `synchronized`.
         **kwargs: `name`, `dtype`, `trainable`.
 
     Call arguments:

@@ -66,6 +66,8 @@ class BatchRenormalization(BatchStatistics):
         unbiased: Whether σ takes up √(m2 / (count - 1) + epsilon) instead of s.
         virtual_batch_size: Number of samples in the largest ghost, as in `BatchNormalization`: s
             and mean are then those of a ghost, each with its own r and d.
+        synchronized: Whether s and mean are those of all replicas, as in `BatchNormalization`.
+        axis_name: Name of the mapped axis of replicas in JAX, as in `BatchNormalization`.
         **kwargs: `name`, `dtype`, `trainable`.
 
     Call arguments:
@@ -127,6 +129,8 @@ class BatchRenormalization(BatchStatistics):
         debias: bool = False,
         unbiased: bool = False,
         virtual_batch_size: int | None = None,
+        synchronized: bool = False,
+        axis_name: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(locals(), **kwargs)

@@ -1,6 +1,7 @@
 """What batch normalization and renormalization share: statistics that are kept between steps."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,14 @@ from keras_bn.types import Shape, Tensor
 
 
 class BatchStatistics(Normalization):
-    """A layer that normalizes by the batch in training, and by moving statistics otherwise."""
+    """A layer that normalizes by the batch in training, and by moving statistics otherwise.
+
+    Attributes:
+        process_group: The processes over which `synchronized` takes statistics, a group of
+            `torch.distributed`; None for all. A handle of this run: not in config or files.
+    """
+
+    process_group: Any = None
 
     def build(self, input_shape: Shape) -> None:
         """Create gamma, beta, moving mean and moving variance, and a count where one is needed."""
@@ -52,11 +60,12 @@ class BatchStatistics(Normalization):
             stored = compose(standardize(kept, self.epsilon), *self._learned(dtype))
             return kernels.apply(x, stored, self.compute_dtype)
         axes = reduced_axes(len(x.shape), self._kept)
-        ghosts = self._ghosts(x)
+        ghosts, across = self._ghosts(x), self._across()
         if ghosts is not None:
             y, batch = self._normalized_ghosts(x, ghosts, Pooling(axes, weights), kept)
+            batch = batch if across is None else across(batch)
         else:
-            y, batch = self._normalized_set(x, Pooling(axes, weights), kept)
+            y, batch = self._normalized_set(x, Pooling(axes, weights, across=across), kept)
         self._update(batch, is_known(batch))
         return y
 
@@ -88,6 +97,12 @@ class BatchStatistics(Normalization):
         shapes = [tuple(value.shape) for value in weights]
         counts = len(shapes) - shapes.count(())
         return set(shapes) <= {(), self._parameter_shape} and shapes.count(()) < 2 and counts < 3
+
+    def _across(self) -> Callable[[Moments], Moments] | None:
+        """Return what merges moments over the replicas; None where there is nothing to merge."""
+        if not self.synchronized:
+            return None
+        return kernels.across(type(self).__name__, self.axis_name, self.process_group)
 
     def _ghosts(self, x: Tensor) -> Ghosts | None:
         """Return how the batch is split; None where it is not."""
