@@ -1,4 +1,4 @@
-"""What the examples of this folder train: a small convolutional network on scikit-learn's digits."""
+"""What the examples here train: a small convolutional network on the digits of scikit-learn."""
 
 import sys
 from pathlib import Path
