@@ -64,8 +64,8 @@ def saved_bytes(layer: Any, options: dict, x: jax.Array) -> None:
 
 def _step(function: Callable, parameters: Any, x: jax.Array, dy: Any, mode: str) -> Callable:
     def train(parameters: Any, x: jax.Array, dy: jax.Array) -> Any:
-        _, gradient, kept = jax.vjp(function, parameters, x, has_aux=True)
-        return gradient(dy), kept
+        y, gradient, kept = jax.vjp(function, parameters, x, has_aux=True)
+        return y, gradient(dy), kept
 
     arguments = (parameters, x) if dy is None else (parameters, x, dy)
     step = function if dy is None else train

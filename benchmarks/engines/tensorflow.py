@@ -59,7 +59,7 @@ def _step(function: Callable, parameters: list, x: tf.Tensor, dy: Any, mode: str
         with tf.GradientTape() as tape:
             tape.watch(x)
             y = function(x)
-        return tape.gradient(y, [x, *parameters], dy)
+        return y, tape.gradient(y, [x, *parameters], dy)  # y too, or a graph leaves it out
 
     step = (lambda: function(x)) if dy is None else train
     return step if mode == "eager" else tf.function(step, jit_compile=mode == "jit")

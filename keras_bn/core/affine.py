@@ -1,6 +1,7 @@
 """The one map that every layer applies: y = (x - center)·scale + shift."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, Self
 
 import numpy as np
 from keras import ops
@@ -14,14 +15,14 @@ class Affine(NamedTuple):
     """An affine map, in the form that loses no digits where x is far from 0.
 
     Attributes:
-        center: What is subtracted first [x].
+        center: What is subtracted first [x]; None for 0.
         scale: Factor on the difference [y/x].
-        shift: What is added last [y].
+        shift: What is added last [y]; None for 0.
     """
 
-    center: Tensor
+    center: Tensor | None
     scale: Tensor
-    shift: Tensor
+    shift: Tensor | None
 
 
 class Learned(NamedTuple):
@@ -33,7 +34,17 @@ class Learned(NamedTuple):
     @property
     def is_nothing(self) -> bool:
         """Whether neither is there."""
-        return self.gamma is None and self.beta is None
+        return not self.given
+
+    @property
+    def given(self) -> list[Tensor]:
+        """Those that are there."""
+        return [part for part in self if part is not None]
+
+    def filled(self, given: Iterable[Tensor]) -> Self:
+        """Return the same with others in place of those that are there."""
+        left = iter(given)
+        return type(self)(*(None if part is None else next(left) for part in self))
 
 
 AS_IS = Learned(None, None)
@@ -47,6 +58,11 @@ def standardize(moments: Moments, epsilon: float) -> Affine:
     """
     scale = 1.0 / ops.sqrt(moments.variance + epsilon)
     return Affine(moments.pivot, scale, -moments.offset * scale)
+
+
+def uncentered(affine: Affine) -> Affine:
+    """Return the map's scale alone."""
+    return Affine(None, affine.scale, None)
 
 
 def rescale(pivot: Tensor, offset: Tensor, width: Tensor) -> Affine:
@@ -66,7 +82,7 @@ def compose(affine: Affine, gamma: Tensor | None, beta: Tensor | None) -> Affine
     """Return the map that scales by gamma and then adds beta; None stands for 1 and 0."""
     center, scale, shift = affine
     if gamma is not None:
-        scale, shift = scale * gamma, shift * gamma
+        scale, shift = scale * gamma, None if shift is None else shift * gamma
     if beta is not None:
-        shift = shift + beta
+        shift = beta if shift is None else shift + beta
     return Affine(center, scale, shift)

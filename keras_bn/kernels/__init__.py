@@ -2,6 +2,7 @@
 
     moments(x, axes, weights) -> Moments    apply(x, affine, dtype) -> y
     normalize(x, pooling, ...) -> y, Moments: both, and the algebra between them
+    normalize_rows(x, axes, ...) -> y: the same for layer normalization, where y is all
     length(v, kept) -> |v|    with_length(v, g, kept) -> g·v / |v|: the same for a layer's kernel
 
 `moments` sums over `axes` and keeps them with size 1. It sums in float32 at least, never below
@@ -28,6 +29,7 @@ from keras_bn.kernels.active import (
     is_foreign,
     moments,
     normalize,
+    normalize_rows,
 )
 from keras_bn.kernels.lengths import length, with_length
 
@@ -40,5 +42,6 @@ __all__ = [
     "length",
     "moments",
     "normalize",
+    "normalize_rows",
     "with_length",
 ]

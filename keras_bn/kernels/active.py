@@ -81,6 +81,17 @@ def normalize(
     return y, found
 
 
+def normalize_rows(
+    x: Tensor, axes: tuple[int, ...], learned: Learned, epsilon: float, dtype: str
+) -> Tensor:
+    """Return y of `normalize` where each set lies along the axes, which gamma and beta have too."""
+    if hasattr(_kernel, "normalize_rows"):
+        y = _kernel.normalize_rows(x, axes, learned, epsilon, dtype)
+        if y is not None:
+            return y
+    return normalize(x, Pooling(axes), learned, epsilon, dtype)[0]
+
+
 def is_compiling() -> bool:
     """Say whether a compiler that cannot trace a warning is at work."""
     return bool(_kernel.is_compiling()) if hasattr(_kernel, "is_compiling") else False

@@ -49,8 +49,9 @@ def second_moments(x: Tensor, axes: Axes) -> Moments:
 
 def apply(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> Tensor:
     """Return ((x - center)·scale + shift)·gamma + beta; see `keras_bn.kernels`."""
-    difference = ops.cast(x, affine.scale.dtype) - affine.center
-    y = difference * affine.scale + affine.shift
+    y = ops.cast(x, affine.scale.dtype)
+    y = (y if affine.center is None else y - affine.center) * affine.scale
+    y = y if affine.shift is None else y + affine.shift
     y = y if learned.gamma is None else y * learned.gamma
     return ops.cast(y if learned.beta is None else y + learned.beta, dtype)
 

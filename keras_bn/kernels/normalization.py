@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from keras_bn.core.affine import Learned, compose, standardize
+from keras_bn.core.affine import Learned, compose, standardize, uncentered
 from keras_bn.core.moments import Moments, merge, or_else
 from keras_bn.core.pooling import Pooling
 from keras_bn.types import Tensor
@@ -47,6 +47,8 @@ def normalize(
     moments = _pooled(kernel, x, plan.pooling)
     filled = moments if plan.kept is None else or_else(moments, plan.kept)
     affine = standardize(filled, plan.epsilon)
+    if not plan.pooling.is_centered:
+        affine = uncentered(affine)
     correction = plan.correct(moments)
     if correction is not None:
         affine = compose(affine, *correction)
@@ -58,8 +60,7 @@ def normalize(
 
 def varies(learned: Learned, axes: tuple[int, ...]) -> bool:
     """Say whether gamma or beta varies within a set: then it is not part of the set's map."""
-    given = [part for part in learned if part is not None]
-    return any(part.shape[axis] != 1 for part in given for axis in axes)
+    return any(part.shape[axis] != 1 for part in learned.given for axis in axes)
 
 
 def _pooled(kernel: Any, x: Tensor, pooling: Pooling) -> Moments:

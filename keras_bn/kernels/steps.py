@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from keras import ops
 from keras.backend import standardize_dtype
 
-from keras_bn.core.affine import AS_IS, Affine, Learned, standardize
+from keras_bn.core.affine import AS_IS, Affine, Learned, standardize, uncentered
 from keras_bn.core.moments import Moments, is_static, positive, settled
 from keras_bn.kernels import generic
 from keras_bn.kernels.normalization import Plan, normalize, varies
@@ -107,25 +107,20 @@ class Kernel:
             weights = _spread(plan.pooling.weights, x)
             plan = plan._replace(pooling=plan.pooling._replace(weights=weights))
 
-        def unpacked(given: Any) -> Learned:
-            left = iter(given)
-            return Learned(*(None if part is None else next(left) for part in learned))
-
         def forward(x: Tensor, *given: Tensor) -> Any:
-            y, found, used, correction = normalize(_Forward(passes), x, unpacked(given), plan)
+            y, found, used, correction = normalize(_Forward(passes), x, learned.filled(given), plan)
             return (y,), _tensors(found), (_constant(used), correction)
 
         def backward(inputs: Any, constants: Any, grads: Any) -> Any:
             (x, *given), (dy,) = inputs, grads
-            return _gradients(passes, x, dy, unpacked(given), constants, plan)
+            return _gradients(passes, x, dy, learned.filled(given), constants, plan)
 
         def plain(inputs: Any, constants: Any) -> Any:
             fixed = plan if constants is None else plan._replace(correct=lambda _: constants[1])
-            y, found, *_ = normalize(generic, inputs[0], unpacked(inputs[1:]), fixed)
+            y, found, *_ = normalize(generic, inputs[0], learned.filled(inputs[1:]), fixed)
             return (y,), _tensors(found)
 
-        given = [part for part in learned if part is not None]
-        y, *found = self._run(Step(forward, backward, plain), x, *given)
+        y, *found = self._run(Step(forward, backward, plain), x, *learned.given)
         found = [ops.stop_gradient(part) for part in found]
         return y, Moments(*(found if len(found) == 4 else [passes.number(x, axes), *found]))
 
@@ -169,18 +164,21 @@ def _gradients(
     axes, weights, total, is_centered, _ = plan.pooling
     outer, inner = (learned, AS_IS) if varies(learned, axes) else (AS_IS, learned)
     affine = standardize(found, plan.epsilon)
+    affine = affine if is_centered else uncentered(affine)
     inverse = affine.scale
-    first, second = passes.products(x, dy, found.pivot, axes, outer.gamma)
-    second = (second - found.offset * first) * inverse
+    first, second = passes.products(x, dy, affine.center, axes, outer.gamma)
+    second = (second - found.offset * first if is_centered else second) * inverse
     r, d = (1.0, None) if correction is None else correction
     factor = r if inner.gamma is None else r * inner.gamma
-    level, slope = (factor * part / positive(found.count) for part in (first, second))
-    if total is not None:
-        level, slope = total(level), total(slope)
-    slope = -inverse * inverse * slope
-    level = -inverse * level if is_centered else ops.zeros_like(slope)
-    terms = (inverse * factor, slope, level - slope * found.offset)
-    dx = passes.combined(x, dy, found.pivot, terms, weights, outer.gamma)
+
+    def mean(part: Tensor) -> Tensor:
+        each = factor * part / positive(found.count)
+        return each if total is None else total(each)
+
+    slope = -inverse * inverse * mean(second)
+    level = -inverse * mean(first) - slope * found.offset if is_centered else None
+    terms = (inverse * factor, slope, level)
+    dx = passes.combined(x, dy, affine.center, terms, weights, outer.gamma)
     if not outer.is_nothing:
         d_gamma, d_beta = passes.mapped_products(x, dy, affine, _shared_axes(learned))
     else:
@@ -191,8 +189,7 @@ def _gradients(
 
 def _shared_axes(learned: Learned) -> Axes:
     """Return the axes along which gamma and beta are the same."""
-    given = next(part for part in learned if part is not None)
-    return tuple(axis for axis, size in enumerate(given.shape) if size == 1)
+    return tuple(axis for axis, size in enumerate(learned.given[0].shape) if size == 1)
 
 
 def _folded(cells: Tensor, like: Tensor) -> Tensor:

@@ -109,6 +109,8 @@ def second_moments(x: Tensor, axes: tuple[int, ...]) -> Moments:
 def apply(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> Tensor:
     """Return ((x - center)·scale + shift)·gamma + beta; see `keras_bn.kernels`."""
     center, scale, shift = affine
+    center = jnp.zeros_like(scale) if center is None else center
+    shift = jnp.zeros_like(scale) if shift is None else shift
     axes = tuple(axis for axis, size in enumerate(scale.shape) if size == 1 != x.shape[axis])
     if scale.ndim == x.ndim and scale.shape == shift.shape and _is_short(x.shape, axes):
         # Spread by a product, their gradients are one, too.

@@ -1,12 +1,13 @@
 """Passes over a big tensor in TensorFlow, without gradients."""
 
 import math
+from typing import Any
 
 import tensorflow as tf
 
 from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.dtypes import statistics_dtype
-from keras_bn.kernels.tensorflow.sums import sum_over
+from keras_bn.kernels.tensorflow.sums import made_and_summed, squares_over, sum_over
 from keras_bn.types import Tensor
 
 Axes = tuple[int, ...]
@@ -27,7 +28,7 @@ def total(x: Tensor, weights: Tensor | None, axes: Axes) -> Tensor:
 
 def squares(x: Tensor, axes: Axes) -> Tensor:
     """Return Σ x²."""
-    return sum_over(tf.square(tf.cast(x, _wide(x))), axes)
+    return squares_over(tf.cast(x, _wide(x)), axes)
 
 
 def deviations(
@@ -35,30 +36,35 @@ def deviations(
 ) -> tuple[Tensor, Tensor]:
     """Return Σ w·(x - pivot) and Σ w·(x - pivot)²."""
     deviation = tf.cast(x, pivot.dtype) - pivot
+    if weights is None:
+        return sum_over(deviation, axes), squares_over(deviation, axes)
     first = sum_over(weighted(deviation, weights), axes)
     return first, sum_over(weighted(tf.square(deviation), weights), axes)
 
 
 def products(
-    x: Tensor, dy: Tensor, center: Tensor, axes: Axes, gamma: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return Σ gamma·dy and Σ gamma·dy·(x - center)."""
-    dy = _times(tf.cast(dy, center.dtype), gamma)
-    return sum_over(dy, axes), sum_over(dy * (tf.cast(x, center.dtype) - center), axes)
+    x: Tensor, dy: Tensor, center: Tensor | None, axes: Axes, gamma: Tensor | None = None
+) -> tuple[Tensor | None, Tensor]:
+    """Return Σ gamma·dy, None where the center is, and Σ gamma·dy·(x - center)."""
+    dy = _times(tf.cast(dy, _wide(x)), gamma)
+    first = None if center is None else sum_over(dy, axes)
+    return first, sum_over(dy * _difference(x, center), axes)
 
 
-def mapped_products(x: Tensor, dy: Tensor, affine: Affine, axes: Axes) -> tuple[Tensor, Tensor]:
-    """Return Σ dy·((x - center)·scale + shift) and Σ dy."""
+def mapped_products(x: Tensor, dy: Tensor, affine: Affine, axes: Axes) -> tuple[Any, ...]:
+    """Return Σ dy·((x - center)·scale + shift) and Σ dy, None where the center is."""
     dtype = affine.scale.dtype
     dy = tf.cast(dy, dtype)
-    return sum_over(dy * mapped(x, affine, dtype), axes), sum_over(dy, axes)
+    z = _plus(_difference(x, affine.center) * affine.scale, affine.shift)
+    d_beta = None if affine.center is None else sum_over(dy, axes)
+    return made_and_summed(dy * z, axes), d_beta
 
 
 def mapped(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> Tensor:
     """Return ((x - center)·scale + shift)·gamma + beta."""
-    difference = tf.cast(x, affine.scale.dtype) - affine.center
-    y = _times(difference * affine.scale + affine.shift, learned.gamma)
-    return tf.cast(y if learned.beta is None else y + learned.beta, dtype)
+    y = tf.cast(x, affine.scale.dtype)
+    y = _plus((y if affine.center is None else y - affine.center) * affine.scale, affine.shift)
+    return tf.cast(_plus(_times(y, learned.gamma), learned.beta), dtype)
 
 
 def scaled(x: Tensor, scale: Tensor, dtype: str) -> Tensor:
@@ -69,16 +75,27 @@ def scaled(x: Tensor, scale: Tensor, dtype: str) -> Tensor:
 def combined(
     x: Tensor,
     dy: Tensor,
-    center: Tensor,
-    terms: tuple[Tensor, Tensor, Tensor],
+    center: Tensor | None,
+    terms: tuple[Tensor, Tensor, Tensor | None],
     weights: Tensor | None = None,
     gamma: Tensor | None = None,
 ) -> Tensor:
     """Return gamma·dy·a + w·((x - center)·b + c), in the dtype of x, for the terms a, b, c."""
     a, b, c = terms
-    line = (tf.cast(x, center.dtype) - center) * b + c
-    dy = _times(tf.cast(dy, center.dtype), gamma)
+    line = _plus(_difference(x, center) * b, c)
+    dy = _times(tf.cast(dy, _wide(x)), gamma)
     return tf.cast(dy * a + weighted(line, weights), x.dtype)
+
+
+def _difference(x: Tensor, center: Tensor | None) -> Tensor:
+    """Return x - center for a derivative."""
+    x = tf.cast(x, _wide(x))
+    # Said otherwise than in the forward pass: a graph would keep that one's result until here.
+    return x if center is None else x + (-center)
+
+
+def _plus(values: Tensor, shift: Tensor | None) -> Tensor:
+    return values if shift is None else values + shift
 
 
 def weighted(values: Tensor, weights: Tensor | None) -> Tensor:

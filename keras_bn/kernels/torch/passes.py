@@ -62,26 +62,31 @@ def deviations(x: Tensor, pivot: Tensor, weights: Tensor | None, axes: Axes) -> 
 
 
 def products(
-    x: Tensor, dy: Tensor, center: Tensor, axes: Axes, gamma: Tensor | None = None
-) -> list[Tensor]:
-    """Return Σ gamma·dy and Σ gamma·dy·(x - center)."""
+    x: Tensor, dy: Tensor, center: Tensor | None, axes: Axes, gamma: Tensor | None = None
+) -> list[Any]:
+    """Return Σ gamma·dy, None where the center is, and Σ gamma·dy·(x - center)."""
+    dtype = _wide(x)
 
-    def sums(part: Tensor, d: Tensor, origin: Tensor, factor: Any) -> tuple[Tensor, Tensor]:
+    def sums(part: Tensor, d: Tensor, origin: Tensor | None, factor: Any) -> tuple[Tensor, ...]:
         d = d if factor is None else d * factor
-        first = sum_over(d, axes, center.dtype)
-        return first, sum_over((part - origin).mul_(d), axes, center.dtype)
+        if origin is None:
+            return (sum_over(part * d, axes, dtype),)
+        first = sum_over(d, axes, dtype)
+        return first, sum_over((part - origin).mul_(d), axes, dtype)
 
-    return _summed(sums, axes, x, dy, center, gamma)
+    found = _summed(sums, axes, x, dy, center, gamma)
+    return [None, *found] if center is None else found
 
 
-def mapped_products(x: Tensor, dy: Tensor, affine: Affine, axes: Axes) -> list[Tensor]:
-    """Return Σ dy·((x - center)·scale + shift) and Σ dy."""
+def mapped_products(x: Tensor, dy: Tensor, affine: Affine, axes: Axes) -> list[Any]:
+    """Return Σ dy·((x - center)·scale + shift) and Σ dy, None where the center is."""
 
     def sums(part: Tensor, d: Tensor, center: Any, scale: Any, shift: Any) -> Any:
-        z = torch.addcmul(shift, part - center, scale)
-        return sum_over(z.mul_(d), axes, scale.dtype), sum_over(d, axes, scale.dtype)
+        d_gamma = sum_over(_standard(part, center, scale, shift).mul_(d), axes, scale.dtype)
+        return (d_gamma,) if center is None else (d_gamma, sum_over(d, axes, scale.dtype))
 
-    return _summed(sums, axes, x, dy, *affine)
+    found = _summed(sums, axes, x, dy, *affine)
+    return [*found, None] if affine.center is None else found
 
 
 def mapped(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> Tensor:
@@ -90,13 +95,21 @@ def mapped(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> T
     def line(part: Any, *parts: Any, out: Any) -> Any:
         center, scale, shift, gamma, beta = parts
         if gamma is None and beta is None:
-            return torch.addcmul(shift, part - center, scale, out=out)
-        z = torch.addcmul(shift, part - center, scale)
+            return _standard(part, center, scale, shift, out)
+        z = _standard(part, center, scale, shift)
         if beta is None:
             return torch.mul(z, gamma, out=out)
         return torch.add(z if gamma is None else z.mul_(gamma), beta, out=out)
 
     return _made(line, getattr(torch, dtype), x, *affine, *learned)
+
+
+def _standard(x: Tensor, center: Any, scale: Tensor, shift: Any, out: Any = None) -> Tensor:
+    """Return (x - center)·scale + shift."""
+    if center is not None:
+        return torch.addcmul(shift, x - center, scale, out=out)
+    z = torch.mul(x, scale, out=out)
+    return z if shift is None else z.add_(shift)
 
 
 def scaled(x: Tensor, scale: Tensor, dtype: str) -> Tensor:
@@ -111,8 +124,8 @@ def scaled(x: Tensor, scale: Tensor, dtype: str) -> Tensor:
 def combined(
     x: Tensor,
     dy: Tensor,
-    center: Tensor,
-    terms: tuple[Tensor, Tensor, Tensor],
+    center: Tensor | None,
+    terms: tuple[Tensor, Tensor, Tensor | None],
     weights: Tensor | None = None,
     gamma: Tensor | None = None,
 ) -> Tensor:
@@ -120,7 +133,8 @@ def combined(
 
     def line(part: Any, d: Any, origin: Any, w: Any, g: Any, *terms: Any, out: Any) -> Tensor:
         a, b, c = terms
-        values = weighted(torch.addcmul(c, part - origin, b), w)
+        values = part * b if origin is None else torch.addcmul(c, part - origin, b)
+        values = weighted(values, w)
         return torch.addcmul(values, d if g is None else d * g, a, out=out)
 
     return _made(line, x.dtype, x, dy, center, weights, gamma, *terms)
