@@ -12,11 +12,13 @@ read x twice before y (the statistics need all of it) and dy and x twice before 
 the others may be kept in the cache. `saved` is what PyTorch keeps for the backward pass, over the
 input's bytes. BN: BatchNormalization, BRN: BatchRenormalization beside Keras' `renorm=True`,
 GN: GroupNormalization(32), IN: InstanceNormalization beside GroupNormalization(-1), LN and RMS over
-the last axis; `ghost` is BatchNormalization in ghosts of 8, beside ours without.
+the last axis; `ghost` is BatchNormalization in ghosts of 8, beside ours without. `make bench` has
+the C library keep freed memory: otherwise page faults are most of what is measured.
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,7 +97,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="per row")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     options = parser.parse_args()
-    print(heading(), flush=True)
+    kept = "kept" if "MALLOC_TRIM_THRESHOLD_" in os.environ else "given back to the system"
+    print(f"{heading()}; freed memory is {kept}", flush=True)
     found = []
     for case in cases():
         if all(word in case.name.split() for word in options.only.split()):

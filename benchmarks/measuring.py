@@ -67,8 +67,7 @@ def heading(*packages: str) -> str:
     """Name the backend, the versions, the processor and its cores."""
     name = keras.backend.backend()
     named = ", ".join(f"{p} {version(p)}" for p in (name, "keras", *packages))
-    memory = "kept" if "MALLOC_TRIM_THRESHOLD_" in os.environ else "given back"
-    return f"### {named}; {processor()}, {os.cpu_count()} cores; freed memory is {memory}"
+    return f"### {named}; {processor()}, {os.cpu_count()} cores"
 
 
 def processor() -> str:
