@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from keras_bn.core.moments import settled
-from keras_bn.kernels.tensorflow.tracing import is_for_xla
+from keras_bn.kernels.tensorflow.tracing import is_for_gradients, is_for_xla
 from keras_bn.types import Tensor
 
 Axes = tuple[int, ...]
@@ -34,8 +34,10 @@ def sum_over(x: Tensor, axes: Axes) -> Tensor:
 
 def squares_over(x: Tensor, axes: Axes) -> Tensor:
     """Sum the squares, as `sum_over`."""
-    # XLA fuses the squares into the sum, and lacks the norm.
-    return sum_over(tf.square(x), axes) if is_for_xla() else _in_blocks(_squares, x, axes)
+    # Only in training: XLA and other readers of an exported graph lack the norm.
+    if is_for_xla() or not is_for_gradients():
+        return sum_over(tf.square(x), axes)
+    return _in_blocks(_squares, x, axes)
 
 
 def made_and_summed(x: Tensor, axes: Axes) -> Tensor:
