@@ -73,8 +73,9 @@ def normalize(
         return None if found is None else (_hold(found[0]), _hold(found[1]))
 
     plan = Plan(pooling, epsilon, dtype, correction, kept)
-    # A collective inside a derivative by hand would be counted twice, so then in parts.
-    if hasattr(_kernel, "normalize") and pooling.across is None:
+    # JAX would count a collective inside a derivative by hand twice: then in parts.
+    is_whole = pooling.across is None or hasattr(pooling.across, "total")
+    if is_whole and hasattr(_kernel, "normalize"):
         y, found = _kernel.normalize(x, learned, plan)
     else:
         y, found, *_ = normalization.normalize(_kernel, x, learned, plan)

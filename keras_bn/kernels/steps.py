@@ -166,7 +166,7 @@ def _gradients(
     dx = (g·dy - w·(Σ g·dy + z·Σ g·dy·z) / n) / √(variance + epsilon).
     """
     found, correction = constants
-    axes, weights, total, is_centered, _ = plan.pooling
+    axes, weights, total, is_centered, across = plan.pooling
     outer, inner = (learned, AS_IS) if varies(learned, axes) else (AS_IS, learned)
     affine = standardize(found, plan.epsilon)
     inverse = affine.scale
@@ -174,9 +174,12 @@ def _gradients(
     second = (second - found.offset * first) * inverse
     r, d = (1.0, None) if correction is None else correction
     factor = r if inner.gamma is None else r * inner.gamma
-    level, slope = (factor * part / positive(found.count) for part in (first, second))
+    share = factor / positive(found.count)
+    level, slope = share * first, share * second
     if total is not None:
         level, slope = total(level), total(slope)
+    if across is not None:
+        level, slope = across.total(ops.stack([level, slope]))
     slope = -inverse * inverse * slope
     level = -inverse * level if is_centered else ops.zeros_like(slope)
     terms = (inverse * factor, slope, level - slope * found.offset)
