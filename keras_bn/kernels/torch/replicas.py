@@ -34,32 +34,45 @@ class Replicas:
     def __call__(self, own: Moments) -> Moments:
         """Return the moments of all processes together, in one exchange."""
         count = own.count * torch.ones_like(own.pivot)
-        gathered = self._gathered(torch.stack((count, own.pivot, own.offset, own.m2)))
+        values = torch.stack((count, own.pivot, own.offset, own.m2))
+        # Within a derivative by hand nothing has a gradient.
+        gathered = _Gathered.apply(values, self) if torch.is_grad_enabled() else self.gather(values)
         return _merged(*gathered.unbind(1))
 
-    def total(self, values: Tensor) -> Tensor:
-        """Sum over the processes, within a derivative by hand."""
-        if values.is_meta:
-            return values
-        return self._reduce(values.clone(memory_format=torch.contiguous_format))
-
-    def _gathered(self, values: Tensor) -> Tensor:
-        """Stack the values of all processes, with their gradient."""
-        if values.is_meta:  # Keras infers shapes
-            return values.expand(distributed.get_world_size(self._group), *values.shape)
-        # In a derivative by hand nothing else has one.
-        return _Gathered.apply(values, self) if torch.is_grad_enabled() else self._gather(values)
-
-    def _gather(self, values: Tensor) -> Tensor:
+    def gather(self, values: Tensor) -> Tensor:
+        """Stack the values of all processes, without gradient."""
         size = distributed.get_world_size(self._group)
+        if values.is_meta:  # Keras infers shapes
+            return values.expand(size, *values.shape)
         gathered = values.new_empty((size, *values.shape))
-        distributed.all_gather_into_tensor(gathered.flatten(), values.flatten(), self._group)
+        self._exchange(distributed.all_gather, list(gathered.unbind()), values)
         return gathered
 
-    def _reduce(self, values: Tensor) -> Tensor:
-        """Sum over the processes, in place."""
-        distributed.all_reduce(values, group=self._group)
-        return values
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over the processes, without gradient."""
+        sums = values.clone(memory_format=torch.contiguous_format)
+        if not values.is_meta:
+            self._exchange(distributed.all_reduce, sums)
+        return sums
+
+    def own(self, stacked: Tensor) -> Tensor:
+        """Sum over the processes what each has for this one, without gradient."""
+        return self.total(stacked)[distributed.get_rank(self._group)]
+
+    def _exchange(self, collective: Callable[..., Any], *tensors: Any) -> None:
+        try:
+            collective(*tensors, group=self._group)
+        except RuntimeError as error:
+            raise invalid(
+                self._layer,
+                "process_group",
+                "of processes that take the same steps",
+                self._group,
+                f"Another one ended, or did something else meanwhile. PyTorch says: {error}",
+                kind=RuntimeError,
+                rank=distributed.get_rank(self._group),
+                size=distributed.get_world_size(self._group),
+            ) from error
 
 
 def _merged(count: Tensor, pivot: Tensor, offset: Tensor, m2: Tensor) -> Moments:
@@ -81,8 +94,8 @@ class _Gathered(torch.autograd.Function):
     """The values of all processes, stacked."""
 
     @staticmethod
-    def forward(values: Tensor, replicas: Any) -> Tensor:
-        return replicas._gather(values)
+    def forward(values: Tensor, replicas: Replicas) -> Tensor:
+        return replicas.gather(values)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -97,8 +110,8 @@ class _Own(torch.autograd.Function):
     """The sum over all processes of what each has for this one: the adjoint of `_Gathered`."""
 
     @staticmethod
-    def forward(stacked: Tensor, replicas: Any) -> Tensor:
-        return replicas.total(stacked)[distributed.get_rank(replicas._group)]
+    def forward(stacked: Tensor, replicas: Replicas) -> Tensor:
+        return replicas.own(stacked)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
