@@ -68,7 +68,7 @@ class Replicas:
                 "process_group",
                 "of processes that take the same steps",
                 self._group,
-                f"Another one ended, or did something else meanwhile. PyTorch says: {error}",
+                f"Another one ended, ran fewer steps or something else. PyTorch says: {error}",
                 kind=RuntimeError,
                 rank=distributed.get_rank(self._group),
                 size=distributed.get_world_size(self._group),
