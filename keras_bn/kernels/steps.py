@@ -166,7 +166,8 @@ def _gradients(
     dx = (g·dy - w·(Σ g·dy + z·Σ g·dy·z) / n) / √(variance + epsilon).
     """
     found, correction = constants
-    axes, weights, total, is_centered, across = plan.pooling
+    axes, weights, total, is_centered, _ = plan.pooling
+    across: Any = plan.pooling.across  # with `total`, or this would not be one step
     outer, inner = (learned, AS_IS) if varies(learned, axes) else (AS_IS, learned)
     affine = standardize(found, plan.epsilon)
     inverse = affine.scale

@@ -8,6 +8,7 @@ The last line is JSON: for each case what process 0 ended in.
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -115,7 +116,7 @@ def main() -> None:
         for process in processes:
             process.kill()
             process.join()
-    print(json.dumps({result.pop("case"): result for result in results}), flush=True)
+    sys.stdout.write(json.dumps({result.pop("case"): result for result in results}) + "\n")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,9 @@ def work(folder: str, rank: int, size: int, checks: dict[str, Callable[[str], ob
     everyone = [None] * size
     distributed.all_gather_object(everyone, found)
     if rank == 0:
-        print(json.dumps({name: [each[name] for each in everyone] for name in found}), flush=True)
+        named = {name: [each[name] for each in everyone] for name in found}
+        sys.stdout.write(json.dumps(named) + "\n")
+        sys.stdout.flush()
     distributed.destroy_process_group()
 
 

@@ -20,15 +20,17 @@ SHAPE, CLASSES, STEPS = (6, 6, 2), 3, 4
 SIZES = (5, 3)  # samples of each process in every batch
 
 
-def network(**options: Any) -> keras.Model:
-    """Return a model with both layers, always with the same weights."""
+def network(is_small: bool = False, **options: Any) -> keras.Model:
+    """Return a model, always with the same weights; a small one is soon compiled."""
+    convolution = [keras.layers.Conv2D(4, 3, use_bias=False)]
+    renormalization = [keras_bn.BatchRenormalization(rmax_steps=(0, STEPS), **options)]
     model = keras.Sequential(
         [
             keras.Input(SHAPE),
-            keras.layers.Conv2D(4, 3, use_bias=False),
+            *([] if is_small else convolution),
             keras_bn.BatchNormalization(momentum=0.9, **options),
             keras.layers.Activation("relu"),
-            keras_bn.BatchRenormalization(momentum=0.9, rmax_steps=(0, 4), **options),
+            *([] if is_small else renormalization),
             keras.layers.Flatten(),
             keras.layers.Dense(CLASSES),
         ]
@@ -85,21 +87,23 @@ def trained(
 
 
 @functools.cache
-def replica(how: str = "eager", accumulated: int = 1, **options: Any) -> keras.Model:
+def replica(is_compiled: bool = False, accumulated: int = 1, **options: Any) -> keras.Model:
     """Return the model that all processes have trained together."""
-    model = network(**options)
+    model = network(is_compiled, **options)
     module = DistributedDataParallel(model)
-    if how == "compiled":
+    if is_compiled:
         module = torch.compile(module, backend="aot_eager")
     last = np.cumsum(SIZES)[distributed.get_rank()]
     part = slice(last - SIZES[distributed.get_rank()], last)
     return trained(model, module, part, len(SIZES), accumulated)
 
 
-def distance(folder: str, accumulated: int = 1, **options: Any) -> dict[str, Any]:
+def distance(
+    folder: str, is_compiled: bool = False, accumulated: int = 1, **options: Any
+) -> dict[str, Any]:
     """Return how far the weights are from those of one process, and a digest of them."""
-    model = replica(accumulated=accumulated, **options)
-    single = network()
+    model = replica(is_compiled, accumulated, **options)
+    single = network(is_compiled)
     trained(single, single, slice(None), 1, accumulated)
     pairs = zip(model.get_weights(), single.get_weights(), strict=True)
     return {"distance": max(float(np.max(np.abs(a - b))) for a, b in pairs)} | digest(model)
@@ -108,7 +112,7 @@ def distance(folder: str, accumulated: int = 1, **options: Any) -> dict[str, Any
 def saved(folder: str) -> list[dict[str, Any]]:
     """Return digests of the trained model and of what is loaded after rank 0 has saved it."""
     path = Path(folder, "model.keras")
-    model = replica(synchronized=True)
+    model = replica(False, 1, synchronized=True)
     if distributed.get_rank() == 0:
         model.save(path)
     distributed.barrier()
@@ -127,7 +131,7 @@ CHECKS: dict[str, Callable[[str], object]] = {
     "trained": functools.partial(distance, synchronized=True),
     "trained, not synchronized": functools.partial(distance, synchronized=False),
     "trained, accumulated": functools.partial(distance, synchronized=True, accumulated=2),
-    "trained, compiled": functools.partial(distance, synchronized=True, how="compiled"),
+    "trained, compiled": functools.partial(distance, synchronized=True, is_compiled=True),
     "saved": saved,
     "compiled": compiled,
 }

@@ -76,10 +76,9 @@ class Replicas:
 
 
 def _merged(count: Tensor, pivot: Tensor, offset: Tensor, m2: Tensor) -> Moments:
-    """Merge parts along the first axis, as `keras_bn.core.moments.merge`.
-
-    `keras.ops` takes several times as long for what is so small (torch 2.13, Keras 3.15).
-    """
+    """Merge parts along the first axis, as `keras_bn.core.moments.merge`."""
+    # Torch's own operations: for what is so small `keras.ops` takes several times as long
+    # (torch 2.13, Keras 3.15).
     total = count.sum(0)
     share = count / torch.where(total > 0, total, 1)
     center = (share * pivot).sum(0).detach()
