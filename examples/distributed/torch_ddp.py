@@ -98,7 +98,7 @@ def work(rank: int, folder: str, options: argparse.Namespace, found: Any) -> Non
 
 def in_processes(options: argparse.Namespace) -> list[tuple[str, float]]:
     """Start the processes and return what the first one finds."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # imports once for all
     found = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
