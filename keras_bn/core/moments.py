@@ -59,7 +59,7 @@ def is_static(count: Tensor) -> bool:
 
 def positive(count: Tensor) -> Tensor:
     """Return the count with 1 in place of 0, to divide sums of empty sets (which are 0) by."""
-    return max(count, 1) if is_static(count) else ops.where(count > 0, count, ops.ones_like(count))
+    return max(count, 1) if is_static(count) else count + ops.cast(count <= 0, count.dtype)
 
 
 def degrees_of_freedom(count: Tensor) -> Tensor:

@@ -19,7 +19,12 @@ from keras_bn.types import Tensor
 
 _backend = keras.backend.backend()
 _is_generic = os.environ.get("KERAS_BN_KERNELS") == "generic"
-_name = _backend if _backend in ("tensorflow", "jax", "torch") and not _is_generic else "generic"
+_is_known = _backend in ("tensorflow", "jax", "torch")
+_name = _backend if _is_known and not _is_generic else "generic"
+_replicas: Any = None
+if _is_known:
+    # Here, not where it is used: torch 2.13 does not trace an import.
+    _replicas = importlib.import_module(f"keras_bn.kernels.{_backend}.replicas")
 _kernel: Any = importlib.import_module(f"keras_bn.kernels.{_name}")
 
 moments: Callable[..., Moments] = _kernel.moments
@@ -37,10 +42,9 @@ def across(layer: str, axis_name: str | None, group: Any) -> Callable[[Moments],
     Raises:
         ValueError: It cannot be found out what the replicas are.
     """
-    if _backend not in ("tensorflow", "jax", "torch"):
+    if _replicas is None:
         return None
-    replicas = importlib.import_module(f"keras_bn.kernels.{_backend}.replicas")
-    found: Callable[[Moments], Moments] | None = replicas.across(layer, axis_name, group)
+    found: Callable[[Moments], Moments] | None = _replicas.across(layer, axis_name, group)
     return found
 
 
@@ -73,8 +77,9 @@ def normalize(
         return None if found is None else (_hold(found[0]), _hold(found[1]))
 
     plan = Plan(pooling, epsilon, dtype, correction, kept)
-    # A collective inside a derivative by hand would be counted twice, so then in parts.
-    if hasattr(_kernel, "normalize") and pooling.across is None:
+    # JAX would count a collective inside a derivative by hand twice: then in parts.
+    is_whole = pooling.across is None or hasattr(pooling.across, "total")
+    if is_whole and hasattr(_kernel, "normalize"):
         y, found = _kernel.normalize(x, learned, plan)
     else:
         y, found, *_ = normalization.normalize(_kernel, x, learned, plan)

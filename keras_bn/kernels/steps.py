@@ -162,6 +162,7 @@ def _gradients(
     """
     found, correction = constants
     axes, weights, total, is_centered, _ = plan.pooling
+    across: Any = plan.pooling.across  # with `total`, or this would not be one step
     outer, inner = (learned, AS_IS) if varies(learned, axes) else (AS_IS, learned)
     affine = standardize(found, plan.epsilon)
     affine = affine if is_centered else uncentered(affine)
@@ -175,8 +176,11 @@ def _gradients(
         each = factor * part / positive(found.count)
         return each if total is None else total(each)
 
-    slope = -inverse * inverse * mean(second)
-    level = -inverse * mean(first) - slope * found.offset if is_centered else None
+    level, slope = (None if part is None else mean(part) for part in (first, second))
+    if across is not None:
+        level, slope = across.total(ops.stack([level, slope]))
+    slope = -inverse * inverse * slope
+    level = None if level is None else -inverse * level - slope * found.offset
     terms = (inverse * factor, slope, level)
     dx = passes.combined(x, dy, affine.center, terms, weights, outer.gamma)
     if not outer.is_nothing:

@@ -130,6 +130,7 @@ class Normalization(Configured):
             raise self._invalid(
                 "input_shape", "known along `axis`", input_shape, "Give that size to `Input`."
             )
+        self._pooled = pooling.reduced_axes(len(input_shape), self._kept)
         self._broadcast = pooling.kept_shape(input_shape, self._kept)
         self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes=sizes)
         self._add_parameters()
@@ -184,7 +185,10 @@ class Normalization(Configured):
 
     def _spread(self, value: Any, dtype: str) -> Tensor:
         """Return a weight as a tensor that broadcasts against the input; None stays None."""
-        return None if value is None else ops.reshape(ops.cast(value, dtype), self._broadcast)
+        if value is None:
+            return None
+        # Keras 3.15, PyTorch: with a shape in a tuple `reshape` takes several times as long.
+        return ops.expand_dims(ops.cast(value, dtype), self._pooled)
 
     def _learned(self, dtype: str) -> Learned:
         return Learned(self._spread(self.gamma, dtype), self._spread(self.beta, dtype))

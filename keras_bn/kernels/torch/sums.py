@@ -27,7 +27,8 @@ def _in_blocks(values: Tensor, axes: Axes, dtype: torch.dtype) -> Tensor:
     # outlier is lost.
     longest = max(axes, key=lambda axis: values.shape[axis])
     size = values.shape[longest]
-    block = next((b for b in range(1024, 255, -1) if size > 8192 and size % b == 0), None)
+    lengths = range(1024, 255, -1) if size > 8192 else ()
+    block = next((b for b in lengths if size % b == 0), None)
     if block is None:
         return values.sum(axes, keepdim=True, dtype=dtype)
     inner = [axis + (axis > longest) for axis in axes if axis != longest] + [longest + 1]
