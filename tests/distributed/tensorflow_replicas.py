@@ -1,0 +1,135 @@
+"""What the programs here run under a strategy of `tf.distribute`, on TensorFlow alone."""
+
+import contextlib
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tests.distributed.shards import PAIRS, Shards, built
+from tests.oracle import Arrays
+
+KINDS = ("batch", "renorm")
+CASES = [(kind, name) for kind in KINDS for name in PAIRS]
+
+FEATURES, TARGETS, BATCH, STEPS = 6, 3, 8, 6
+
+
+class Replica(NamedTuple):
+    """What a layer gives on one replica: gradients and weights after the call by name."""
+
+    y: np.ndarray
+    dx: np.ndarray
+    gradients: Arrays
+    state: Arrays
+
+
+def on_shards(
+    strategy: Any, shards: Shards, kind: str, eager: bool = False, **options: Any
+) -> list[Replica]:
+    """Return what a layer gives on the replicas of this process, one shard on each."""
+    with strategy.scope():
+        layer = built(kind, **options)
+    variables = layer.trainable_variables
+
+    def step(x: Any, dy: Any, mask: Any = None) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=True, mask=mask)
+        return y, *tape.gradient(y, [x, *(v.value for v in variables)], dy)
+
+    def steps(*arrays: Any) -> Any:
+        return strategy.run(step, arrays)
+
+    arrays = [array for array in (shards.x, shards.dy, shards.mask) if array is not None]
+    parts = [cut_to_replicas(strategy, shards.cut(array)) for array in arrays]
+    found = (steps if eager else tf.function(steps))(*parts)
+    results = zip(*(local(strategy, value) for value in found), strict=True)
+    states = by_replica(strategy, layer.weights)
+    names = [variable.name for variable in variables]
+    return [
+        Replica(y, dx, dict(zip(names, gradients, strict=True)), state)
+        for (y, dx, *gradients), state in zip(results, states, strict=True)
+    ]
+
+
+def cut_to_replicas(strategy: Any, parts: list[np.ndarray]) -> Any:
+    """Give each replica its part."""
+    return strategy.experimental_distribute_values_from_function(
+        lambda context: tf.constant(parts[context.replica_id_in_sync_group])
+    )
+
+
+def local(strategy: Any, value: Any) -> list[np.ndarray]:
+    """Return what each replica of this process has."""
+    return [part.numpy() for part in strategy.experimental_local_results(value)]
+
+
+def by_replica(strategy: Any, variables: list[Any]) -> list[Arrays]:
+    """Return the variables of each replica of this process, by name."""
+    values = zip(*(local(strategy, variable.value) for variable in variables), strict=True)
+    names = [variable.name for variable in variables]
+    return [dict(zip(names, replica, strict=True)) for replica in values]
+
+
+def by_name(layer: Any) -> Arrays:
+    """Return the weights of a layer as one reads them outside of the replicas."""
+    names = [variable.name for variable in layer.weights]
+    return dict(zip(names, layer.get_weights(), strict=True))
+
+
+def network(normalization: Callable[[], Any]) -> keras.Model:
+    """Return a network whose initial weights are always the same."""
+    keras.utils.set_random_seed(7)
+    layers = [
+        keras.layers.Dense(12),
+        normalization(),
+        keras.layers.Activation("tanh"),
+        keras.layers.Dense(TARGETS),
+    ]
+    return keras.Sequential([keras.Input((FEATURES,)), *layers])
+
+
+def optimizer() -> keras.optimizers.Optimizer:
+    """Return what all networks here are trained with."""
+    return keras.optimizers.SGD(0.05, momentum=0.9)
+
+
+def batches() -> Iterator[tuple[np.ndarray, ...]]:
+    """Return the data in batches."""
+    return zip(*(np.split(part, STEPS) for part in data()), strict=True)
+
+
+def data(samples: int = BATCH * STEPS) -> tuple[np.ndarray, np.ndarray]:
+    """Return what a network is trained on; the batches of each replica differ much."""
+    draw = np.random.default_rng(11)
+    x = draw.normal(2.0, 1.0, (samples, FEATURES)).astype("float32")
+    x[1::2] *= 3.0
+    return x, np.tanh(x[:, :TARGETS] - x[:, TARGETS:])
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[int]]:
+    """Collect the sums over replicas that are asked for: the replica of each."""
+    found: list[int] = []
+    original = tf.distribute.ReplicaContext.all_reduce
+
+    def all_reduce(context: Any, *arguments: Any, **options: Any) -> Any:
+        # Within a graph it is a tensor.
+        found.append(int(tf.get_static_value(context.replica_id_in_sync_group)))
+        return original(context, *arguments, **options)
+
+    tf.distribute.ReplicaContext.all_reduce = all_reduce
+    try:
+        yield found
+    finally:
+        tf.distribute.ReplicaContext.all_reduce = original
+
+
+def hand_over(results: Any, path: str) -> None:
+    """Write what a program found, for its test to read."""
+    Path(path).write_bytes(pickle.dumps(results))
