@@ -9,7 +9,6 @@ import functools
 import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -31,8 +30,7 @@ KEPT = {
     "synchronized": functools.partial(keras_bn.BatchNormalization, synchronized=True),
     "Keras": keras.layers.BatchNormalization,
 }
-SYNCHRONIZED = {"synchronized": True}
-synchronized = functools.partial(keras_bn.BatchNormalization, **SYNCHRONIZED)
+synchronized = functools.partial(keras_bn.BatchNormalization, synchronized=True)
 
 
 @functools.cache
@@ -83,15 +81,15 @@ def fitted(strategy: Any, normalization: Callable[[], Any]) -> list[np.ndarray]:
 
 def fits() -> dict[Any, list[np.ndarray]]:
     """Return the weights that `fit` ends with on one, two and four devices."""
-    one = tf.distribute.get_strategy()
+    one, two, four = tf.distribute.get_strategy(), strategy_of(2), strategy_of(4)
+    renorm = keras_bn.BatchRenormalization
     return {
-        (kind, count): fitted(strategy, functools.partial(layer, **options))
-        for kind, layer, counts in (
-            ("batch", keras_bn.BatchNormalization, (1, 2, 4)),
-            ("renorm", keras_bn.BatchRenormalization, (1, 2)),
-        )
-        for count in counts
-        for strategy, options in ((one, {}) if count == 1 else (strategy_of(count), SYNCHRONIZED),)
+        ("batch", 1): fitted(one, keras_bn.BatchNormalization),
+        ("batch", 2): fitted(two, synchronized),
+        ("batch", 4): fitted(four, synchronized),
+        ("renorm", 1): fitted(one, renorm),
+        ("renorm", 2): fitted(two, functools.partial(renorm, synchronized=True)),
+        ("not synchronized", 2): fitted(two, keras_bn.BatchNormalization),
     }
 
 
@@ -214,15 +212,7 @@ def main() -> None:
         cpu, [tf.config.LogicalDeviceConfiguration()] * DEVICES
     )
     parts = (shards, others, fits, last_batch_of_one, saved, communication)
-    import time
-
-    r = {}
-    for p in parts:
-        t = time.process_time()
-        r[p.__name__] = p()
-        print(p.__name__, round(time.process_time() - t, 1), flush=True)
-    replicas.hand_over(r, path)
-    print("wrote", Path(path).name)
+    replicas.hand_over({part.__name__: part() for part in parts}, path)
 
 
 if __name__ == "__main__":

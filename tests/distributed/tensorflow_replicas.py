@@ -18,6 +18,9 @@ CASES = [(kind, name) for kind in KINDS for name in PAIRS]
 
 FEATURES, TARGETS, BATCH, STEPS = 6, 3, 8, 6
 
+# Data sets of two workers, one of which has a batch less than the other.
+UNEVEN = Shards((22, 26))
+
 
 class Replica(NamedTuple):
     """What a layer gives on one replica: gradients and weights after the call by name."""
@@ -102,6 +105,15 @@ def optimizer() -> keras.optimizers.Optimizer:
 def batches() -> Iterator[tuple[np.ndarray, ...]]:
     """Return the data in batches."""
     return zip(*(np.split(part, STEPS) for part in data()), strict=True)
+
+
+def step(model: keras.Model, optimizer: keras.optimizers.Optimizer, x: Any, y: Any) -> None:
+    """Take a step of training with a global batch, or with a part of it on each replica."""
+    with tf.GradientTape() as tape:
+        # By the size of the global batch: the gradients of the replicas are added.
+        loss = tf.reduce_sum((model(x, training=True) - y) ** 2) / BATCH
+    variables = model.trainable_variables
+    optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
 
 
 def data(samples: int = BATCH * STEPS) -> tuple[np.ndarray, np.ndarray]:

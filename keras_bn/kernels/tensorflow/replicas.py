@@ -25,10 +25,7 @@ def across(layer: str, axis_name: str | None, group: Any) -> Callable[[Moments],
 
 
 def _is_inferring_shapes() -> bool:
-    """Say whether Keras calls layers in a graph that never runs, to learn of their shapes.
-
-    It does so within a replica too, where a model is first called in `strategy.run`. Keras 3.15.1
-    has no function that says so; but a new scope of that kind knows the one it stands in.
-    """
+    # Keras does so in a graph that never runs, within a replica too, where a model is first called
+    # there. Keras 3.15.1 has no function that says so; a new scope knows the one it stands in.
     with keras.SymbolicScope() as scope:
         return scope.original_scope is not None
