@@ -8,7 +8,6 @@ Writes what it found to FILE; `test_tensorflow.py` says what it must be.
 import functools
 import sys
 import tempfile
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -17,7 +16,7 @@ import tensorflow as tf
 
 import keras_bn
 from tests.distributed import tensorflow_replicas as replicas
-from tests.distributed.shards import PAIRS, Shards
+from tests.distributed.shards import PAIRS
 
 DEVICES = 4
 
@@ -41,80 +40,56 @@ def strategy_of(count: int) -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy(devices, cross_device_ops=others)
 
 
-def shards() -> dict[Any, list[replicas.Replica]]:
+def shards() -> dict[bool, dict[Any, list[replicas.Replica]]]:
     """Return what the layers give on each replica, synchronized or not."""
     two = strategy_of(2)
     return {
-        (kind, name, is_synchronized): replicas.on_shards(
-            two, PAIRS[name], kind, eager=not is_synchronized, synchronized=is_synchronized
-        )
-        for kind, name in replicas.CASES
-        for is_synchronized in (True, False)
+        True: replicas.on_pairs(two, synchronized=True),
+        False: replicas.on_pairs(two, eager=True),
     }
 
 
 def others() -> dict[str, list[replicas.Replica]]:
-    """Return further ways to be synchronized: eager, in ghosts, on four devices."""
-    uneven = PAIRS["7 and 1"]
+    """Return further ways to be synchronized: eager, on four devices, in ghosts."""
+    two, four = strategy_of(2), strategy_of(4)
+    options = {"synchronized": True, "virtual_batch_size": 3}
+    ghosts = {kind: replicas.Replicated(two, kind, **options) for kind in replicas.KINDS}
+    eager = replicas.Replicated(two, "batch", eager=True, synchronized=True)
     return {
-        "eager": replicas.on_shards(strategy_of(2), uneven, "batch", True, synchronized=True),
-        "four": replicas.on_shards(
-            strategy_of(4), Shards((3, 0, 4, 1)), "batch", synchronized=True
-        ),
-        **{
-            f"ghosts, {kind}": replicas.on_shards(
-                strategy_of(2), PAIRS["equal"], kind, synchronized=True, virtual_batch_size=3
-            )
-            for kind in replicas.KINDS
-        },
+        "eager": eager(PAIRS["7 and 1"]),
+        "four": replicas.Replicated(four, "batch", synchronized=True)(replicas.FOUR),
+        **{f"ghosts, {kind}": layer(PAIRS["equal"]) for kind, layer in ghosts.items()},
     }
-
-
-def fitted(strategy: Any, normalization: Callable[[], Any]) -> list[np.ndarray]:
-    """Return the weights of a network after two epochs of `fit`, its batches in order."""
-    with strategy.scope():
-        model = replicas.network(normalization)
-        model.compile(replicas.optimizer(), "mse", jit_compile=False)
-    model.fit(*replicas.data(), batch_size=replicas.BATCH, epochs=2, shuffle=False, verbose=0)
-    return model.get_weights()
 
 
 def fits() -> dict[Any, list[np.ndarray]]:
     """Return the weights that `fit` ends with on one, two and four devices."""
     one, two, four = tf.distribute.get_strategy(), strategy_of(2), strategy_of(4)
-    renorm = keras_bn.BatchRenormalization
     return {
-        ("batch", 1): fitted(one, keras_bn.BatchNormalization),
-        ("batch", 2): fitted(two, synchronized),
-        ("batch", 4): fitted(four, synchronized),
-        ("renorm", 1): fitted(one, renorm),
-        ("renorm", 2): fitted(two, functools.partial(renorm, synchronized=True)),
-        ("not synchronized", 2): fitted(two, keras_bn.BatchNormalization),
+        1: fitted(one),
+        2: fitted(two, synchronized=True),
+        4: fitted(four, synchronized=True),
+        "not synchronized": fitted(two),
     }
 
 
-def last_batch_of_one() -> dict[int, list[np.ndarray]]:
-    """Return what a layer of inputs keeps where the last batch has 1 sample, on 1 and 2 devices."""
-
-    def trained(strategy: Any) -> list[np.ndarray]:
-        x, _ = replicas.data(replicas.BATCH * 2 + 1)
-        with strategy.scope():
-            model = keras.Sequential([keras.Input((replicas.FEATURES,)), synchronized()])
-            model.compile(keras.optimizers.SGD(0.0), "mse")
-        model.fit(x, x, batch_size=replicas.BATCH, verbose=0)
-        return model.get_weights()
-
-    return {1: trained(tf.distribute.get_strategy()), 2: trained(strategy_of(2))}
+def fitted(strategy: Any, **options: Any) -> list[np.ndarray]:
+    """Return the weights of a network after two epochs of `fit`, its batches in order."""
+    with strategy.scope():
+        model = replicas.network(**options)
+        model.compile(replicas.optimizer(), "mse", jit_compile=False)
+    model.fit(*replicas.data(), batch_size=replicas.BATCH, epochs=2, shuffle=False, verbose=0)
+    return model.get_weights()
 
 
 def saved() -> dict[str, Any]:
     """Return what each replica keeps in `fit`, and what file, checkpoint and export have of it."""
     two = strategy_of(2)
-    x, _ = replicas.data()
+    x, _ = replicas.data(replicas.SAMPLES + 1)
     with two.scope():
         model = beside_each_other()
         model.compile(keras.optimizers.SGD(0.0), "mse")
-    model.fit(x, [x] * len(KEPT), batch_size=replicas.BATCH, verbose=0)
+    model.fit(x, [x] * len(KEPT), batch_size=replicas.BATCH, shuffle=False, verbose=0)
     each = kept(two, model)
     with tempfile.TemporaryDirectory() as folder:
         model.save(f"{folder}/model.keras")
@@ -211,7 +186,7 @@ def main() -> None:
     tf.config.set_logical_device_configuration(
         cpu, [tf.config.LogicalDeviceConfiguration()] * DEVICES
     )
-    parts = (shards, others, fits, last_batch_of_one, saved, communication)
+    parts = (shards, others, fits, saved, communication)
     replicas.hand_over({part.__name__: part() for part in parts}, path)
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+import keras_bn
 from tests.distributed.shards import PAIRS, Shards, built
 from tests.oracle import Arrays
 
@@ -17,6 +18,9 @@ KINDS = ("batch", "renorm")
 CASES = [(kind, name) for kind in KINDS for name in PAIRS]
 
 FEATURES, TARGETS, BATCH, STEPS = 6, 3, 8, 6
+SAMPLES = BATCH * STEPS
+
+FOUR = Shards((3, 0, 4, 1))
 
 # Data sets of two workers, one of which has a batch less than the other.
 UNEVEN = Shards((22, 26))
@@ -31,33 +35,52 @@ class Replica(NamedTuple):
     state: Arrays
 
 
-def on_shards(
-    strategy: Any, shards: Shards, kind: str, eager: bool = False, **options: Any
-) -> list[Replica]:
-    """Return what a layer gives on the replicas of this process, one shard on each."""
-    with strategy.scope():
-        layer = built(kind, **options)
-    variables = layer.trainable_variables
+class Replicated:
+    """A layer on the replicas of a strategy.
 
-    def step(x: Any, dy: Any, mask: Any = None) -> Any:
+    Args:
+        strategy: A strategy.
+        kind: Of `shards.LAYERS`.
+        eager: Whether no graph is traced.
+        **options: Of the layer.
+    """
+
+    def __init__(self, strategy: Any, kind: str, eager: bool = False, **options: Any) -> None:
+        self.strategy = strategy
+        with strategy.scope():
+            self.layer = built(kind, **options)
+        self.weights = self.layer.get_weights()
+        # So that two sizes of a batch lead to a graph for all of them.
+        self.run = self._run if eager else tf.function(self._run, reduce_retracing=True)
+
+    def __call__(self, shards: Shards) -> list[Replica]:
+        """Return what the layer gives on the replicas of this process, one shard on each."""
+        self.layer.set_weights(self.weights)
+        arrays = [array for array in (shards.x, shards.dy, shards.mask) if array is not None]
+        found = self.run(*(cut_to_replicas(self.strategy, shards.cut(a)) for a in arrays))
+        results = zip(*(local(self.strategy, value) for value in found), strict=True)
+        states = by_replica(self.strategy, self.layer.weights)
+        names = [variable.name for variable in self.layer.trainable_variables]
+        return [
+            Replica(y, dx, dict(zip(names, gradients, strict=True)), state)
+            for (y, dx, *gradients), state in zip(results, states, strict=True)
+        ]
+
+    def _run(self, x: Any, dy: Any, mask: Any = None) -> Any:
+        return self.strategy.run(self._step, (x, dy, mask))
+
+    def _step(self, x: Any, dy: Any, mask: Any) -> Any:
         with tf.GradientTape() as tape:
             tape.watch(x)
-            y = layer(x, training=True, mask=mask)
-        return y, *tape.gradient(y, [x, *(v.value for v in variables)], dy)
+            y = self.layer(x, training=True, mask=mask)
+        variables = [variable.value for variable in self.layer.trainable_variables]
+        return y, *tape.gradient(y, [x, *variables], dy)
 
-    def steps(*arrays: Any) -> Any:
-        return strategy.run(step, arrays)
 
-    arrays = [array for array in (shards.x, shards.dy, shards.mask) if array is not None]
-    parts = [cut_to_replicas(strategy, shards.cut(array)) for array in arrays]
-    found = (steps if eager else tf.function(steps))(*parts)
-    results = zip(*(local(strategy, value) for value in found), strict=True)
-    states = by_replica(strategy, layer.weights)
-    names = [variable.name for variable in variables]
-    return [
-        Replica(y, dx, dict(zip(names, gradients, strict=True)), state)
-        for (y, dx, *gradients), state in zip(results, states, strict=True)
-    ]
+def on_pairs(strategy: Any, **how: Any) -> dict[tuple[str, str], list[Replica]]:
+    """Return what each layer gives on each pair of shards."""
+    layers = {kind: Replicated(strategy, kind, **how) for kind in KINDS}
+    return {(kind, name): layers[kind](PAIRS[name]) for kind, name in CASES}
 
 
 def cut_to_replicas(strategy: Any, parts: list[np.ndarray]) -> Any:
@@ -85,13 +108,19 @@ def by_name(layer: Any) -> Arrays:
     return dict(zip(names, layer.get_weights(), strict=True))
 
 
-def network(normalization: Callable[[], Any]) -> keras.Model:
-    """Return a network whose initial weights are always the same."""
+def network(**options: Any) -> keras.Model:
+    """Return a network whose initial weights are always the same.
+
+    Args:
+        **options: Of its normalization layers.
+    """
     keras.utils.set_random_seed(7)
     layers = [
         keras.layers.Dense(12),
-        normalization(),
+        keras_bn.BatchNormalization(**options),
         keras.layers.Activation("tanh"),
+        keras.layers.Dense(8),
+        keras_bn.BatchRenormalization(rmax_steps=(1, 5), dmax_steps=(1, 5), **options),
         keras.layers.Dense(TARGETS),
     ]
     return keras.Sequential([keras.Input((FEATURES,)), *layers])
@@ -116,7 +145,7 @@ def step(model: keras.Model, optimizer: keras.optimizers.Optimizer, x: Any, y: A
     optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
 
 
-def data(samples: int = BATCH * STEPS) -> tuple[np.ndarray, np.ndarray]:
+def data(samples: int = SAMPLES) -> tuple[np.ndarray, np.ndarray]:
     """Return what a network is trained on; the batches of each replica differ much."""
     draw = np.random.default_rng(11)
     x = draw.normal(2.0, 1.0, (samples, FEATURES)).astype("float32")

@@ -17,7 +17,6 @@ import tensorflow as tf
 
 import keras_bn
 from tests.distributed import tensorflow_replicas as replicas
-from tests.distributed.shards import PAIRS
 from tests.distributed.tensorflow_workers import DIED, WORKERS
 from tests.oracle import Arrays
 
@@ -27,10 +26,7 @@ TIMEOUT = 10  # of a collective [s]
 def agreeing(strategy: Any, index: int) -> dict[str, Any]:
     """Return what all that must work gives; then worker 1 stops a step before the other."""
     return {
-        "shards": {
-            (kind, name): replicas.on_shards(strategy, PAIRS[name], kind, synchronized=True)
-            for kind, name in replicas.CASES
-        },
+        "shards": replicas.on_pairs(strategy, synchronized=True),
         "trained": trained(strategy),
         "uneven": uneven(strategy),
         "read": read(strategy),
@@ -56,7 +52,7 @@ def normalization(strategy: Any, **options: Any) -> keras_bn.BatchNormalization:
 def trained(strategy: Any) -> list[np.ndarray]:
     """Return the weights of a network after a custom loop over global batches."""
     with strategy.scope():
-        model = replicas.network(lambda: keras_bn.BatchNormalization(synchronized=True))
+        model = replicas.network(synchronized=True)
         optimizer = replicas.optimizer()
         optimizer.build(model.trainable_variables)
 
@@ -72,7 +68,7 @@ def trained(strategy: Any) -> list[np.ndarray]:
     return model.get_weights()
 
 
-def uneven(strategy: Any) -> list[np.ndarray]:
+def uneven(strategy: Any) -> Arrays:
     """Return what a layer keeps of data sets of uneven lengths; TensorFlow fills up the shorter."""
     layer = normalization(strategy, synchronized=True)
 
@@ -89,7 +85,7 @@ def uneven(strategy: Any) -> list[np.ndarray]:
 
     for x in strategy.distribute_datasets_from_function(own):
         train(x)
-    return layer.get_weights()
+    return replicas.by_name(layer)
 
 
 def read(strategy: Any) -> dict[str, Arrays]:
