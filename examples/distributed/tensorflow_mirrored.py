@@ -71,7 +71,7 @@ def main() -> None:
     """Train in all three ways and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--replicas", type=int, choices=(2, 3, 4), default=4)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=8)
     options = parser.parse_args()
     count = options.replicas
     mirrored, batch = strategy_of(count), count * PER_REPLICA

@@ -8,6 +8,7 @@ Writes what it found to FOLDER; `test_tensorflow.py` says what it must be.
 import json
 import os
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -27,7 +28,7 @@ def agreeing(strategy: Any, index: int) -> dict[str, Any]:
     """Return what all that must work gives; then worker 1 stops a step before the other."""
     return {
         "shards": replicas.on_pairs(strategy, synchronized=True),
-        "trained": trained(strategy),
+        "trained": trained(strategy, index),
         "uneven": uneven(strategy),
         "read": read(strategy),
         "short": end(strategy, steps=3 - index, pause=TIMEOUT + 1),
@@ -49,8 +50,11 @@ def normalization(strategy: Any, **options: Any) -> keras_bn.BatchNormalization:
     return layer
 
 
-def trained(strategy: Any) -> list[np.ndarray]:
-    """Return the weights of a network after a custom loop over global batches."""
+def trained(strategy: Any, index: int) -> list[np.ndarray]:
+    """Return the weights of a network after a custom loop over global batches.
+
+    The first worker saves them, without the other, and returns those of the file.
+    """
     with strategy.scope():
         model = replicas.network(synchronized=True)
         optimizer = replicas.optimizer()
@@ -65,6 +69,10 @@ def trained(strategy: Any) -> list[np.ndarray]:
 
     for batch in replicas.batches():
         train(*(replicas.cut_to_replicas(strategy, np.split(part, WORKERS)) for part in batch))
+    if index == 0:
+        with tempfile.TemporaryDirectory() as folder:
+            model.save(f"{folder}/model.keras")
+            model = keras.models.load_model(f"{folder}/model.keras")
     return model.get_weights()
 
 
