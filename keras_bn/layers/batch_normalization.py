@@ -66,6 +66,8 @@ class BatchNormalization(BatchStatistics):
             `tf.distribute`, on the mapped axis `axis_name` of JAX (`shard_map`, `pmap`, `vmap`;
             under `keras.distribution` they are so anyway), and over the layer's `process_group`
             of `torch.distributed`. A ghost stays within its replica; what is kept is of all.
+            Without, replicas under `tf.distribute` keep statistics of their own, and their mean is
+            saved.
         debias: Whether to take the initial value out of the moving statistics, those of `renorm`
             too. What is stored is the corrected value.
         unbiased: Whether the moving variance takes up m2 / (count - 1) instead of m2 / count; of a

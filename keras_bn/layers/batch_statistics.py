@@ -14,6 +14,7 @@ from keras_bn.core.estimators import Corrector, moving_average
 from keras_bn.core.moments import Moments, is_known, is_static, merge
 from keras_bn.core.pooling import Ghosts, Pooling, ghosts_of, reduced_axes
 from keras_bn.layers.base import Normalization
+from keras_bn.layers.kept import kept_variable
 from keras_bn.layers.moving_count import MovingCount
 from keras_bn.types import Shape, Tensor
 
@@ -164,27 +165,22 @@ class BatchStatistics(Normalization):
         raise NotImplementedError
 
     def _add_statistic(self, name: str, initializer: Any) -> Any:
-        return self.add_weight(
-            shape=self._parameter_shape,
-            name=name,
-            initializer=initializer,
-            dtype=statistics_dtype(self.variable_dtype),
-            trainable=False,
-            autocast=False,
-        )
+        dtype = statistics_dtype(self.variable_dtype)
+        return self._add_kept(name, self._parameter_shape, initializer, dtype, "mean")
 
     def _add_count(self, name: str, momentum: float | None) -> MovingCount:
         dtype = statistics_dtype(self.variable_dtype)
-        return MovingCount(name, self._parameter_shape, momentum, dtype)
+        return MovingCount(name, self._parameter_shape, momentum, dtype, self.synchronized)
 
     def _add_step(self) -> Any:
-        return self.add_weight(
-            shape=(),
-            name="step",
-            initializer="zeros",
-            dtype="int32",
-            trainable=False,
-            autocast=False,
+        # No mean: it must stay a whole number.
+        return self._add_kept("step", (), "zeros", "int32", "only_first_replica")
+
+    def _add_kept(
+        self, name: str, shape: Shape, initializer: Any, dtype: str, aggregation: str
+    ) -> Any:
+        return kept_variable(
+            self, name, shape, initializer, dtype, None if self.synchronized else aggregation
         )
 
     def _kept_moments(self, dtype: str) -> Moments:

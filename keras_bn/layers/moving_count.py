@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_bn.core.estimators import counted_momentum, settled_count
+from keras_bn.layers.kept import kept_variable
 from keras_bn.types import Shape, Tensor
 
 
@@ -22,14 +23,18 @@ class MovingCount(keras.layers.Layer):
         shape: Shape of the statistics.
         momentum: By which the count fades at each step; None for a cumulative average.
         dtype: Dtype of the statistics.
+        synchronized: Whether all replicas have the same count.
     """
 
-    def __init__(self, name: str, shape: Shape, momentum: float | None, dtype: str) -> None:
+    def __init__(
+        self, name: str, shape: Shape, momentum: float | None, dtype: str, synchronized: bool
+    ) -> None:
         super().__init__(name=name, dtype=dtype)
         self.momentum = momentum
-        self.count = self.add_weight(
-            shape=shape, name=name, initializer="zeros", trainable=False, autocast=False
-        )
+        # Elements add up; weights that fade are as many on one replica as on another.
+        aggregation = "sum" if momentum is None else "mean"
+        aggregated = None if synchronized else aggregation
+        self.count = kept_variable(self, name, shape, "zeros", dtype, aggregated)
         self.built = True
 
     @property

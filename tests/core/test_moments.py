@@ -7,7 +7,16 @@ import pytest
 from keras import ops
 
 from keras_bn import kernels
-from keras_bn.core.moments import Moments, degrees_of_freedom, is_known, merge, or_else, union
+from keras_bn.core.moments import (
+    Moments,
+    degrees_of_freedom,
+    is_known,
+    merge,
+    merge_gathered,
+    merge_replicas,
+    or_else,
+    union,
+)
 from keras_bn.kernels import reference
 from tests.kernels import hard, modes
 
@@ -49,6 +58,34 @@ def over_rows(array: Any) -> Any:
     return ops.sum(array, axis=0, keepdims=True)
 
 
+def over_all(parts: Moments) -> Moments:
+    """Merge parts of one device."""
+    return merge(parts, over_rows)
+
+
+def replicated(parts: Moments) -> Moments:
+    """Merge parts as replicas do that sum: each row has a part, and the result."""
+
+    def total(array: Any) -> Any:
+        # The first axis is that of what is summed together, the second one that of replicas.
+        return ops.broadcast_to(ops.sum(array, axis=1, keepdims=True), ops.shape(array))
+
+    return merge_replicas(parts, total)
+
+
+def gathered(parts: Moments) -> Moments:
+    """Merge parts as the last replica does that gathers."""
+    rows = Moments(parts.count * ops.ones_like(parts.pivot), *parts[1:])
+    others = ops.stack([part[:-1] for part in rows], axis=1)
+    own = Moments(*(part[-1] for part in rows))
+    found = merge_gathered(own, lambda array: ops.concatenate([others, array[None]]))
+    return Moments(*(part[None] for part in found))
+
+
+MERGES = {"replicas": replicated, "gathered": gathered}
+each_merge = pytest.mark.parametrize("merged", MERGES.values(), ids=MERGES)
+
+
 def take(moments: Moments, rows: Any) -> Moments:
     """Return some of the parts, in the order given."""
     rows = modes.tensor(np.array(rows, "int32"))
@@ -71,6 +108,52 @@ def test_merged_parts_are_the_whole(sizes, weighted):
     x, weights = data(weighted)
     found = merge(parts(x, weights, sizes), over_rows)
     assert share(found, reference.moments(x, (0,), weights)) <= 1
+
+
+@each_merge
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
+def test_parts_of_replicas_are_the_whole(merged, sizes, weighted):
+    x, weights = data(weighted)
+    found = merged(parts(x, weights, sizes))
+    assert share(found, reference.moments(x, (0,), weights)) <= 1
+
+
+def test_replicas_come_to_the_same_numbers():
+    found = modes.to_numpy(tuple(replicated(parts(*data(), SPLITS["uneven"]))))
+    assert all(np.array_equal(part, np.broadcast_to(part[:1], part.shape)) for part in found)
+
+
+@each_merge
+def test_empty_replicas_have_empty_moments(merged):
+    x, _ = data()
+    found = merged(parts(x, np.zeros((ROWS, 1)), (300, 300)))
+    assert not any(part.any() for part in modes.to_numpy((found.count, found.mean, found.m2)))
+
+
+@each_merge
+def test_an_empty_replica_changes_nothing_even_where_its_distance_overflows(merged):
+    arrays = ([[3.0], [0.0]], [[1e25], [0.0]], [[0.0], [0.0]], [[5e12], [0.0]])
+    found = merged(Moments(*(modes.tensor(np.array(a, "float32")) for a in arrays)))
+    assert modes.to_numpy(found.mean) == pytest.approx(1e25, rel=2 * U)
+    assert modes.to_numpy(found.m2) == pytest.approx(5e12, rel=2 * U)
+
+
+@each_merge
+def test_replicas_may_count_by_a_python_number(merged):
+    x, weights = data()
+    found = merged(parts(x, weights, (300, 300))._replace(count=300))
+    assert share(found, reference.moments(x, (0,))) <= 1
+
+
+@each_merge
+def test_a_nan_on_one_replica_is_seen_by_all(merged):
+    x, weights = data()
+    x[17, 0] = np.nan
+    found = merged(parts(x, weights, (300, 300)))
+    mean, m2 = modes.to_numpy((found.mean, found.m2))
+    assert np.isnan([mean[:, 0], m2[:, 0]]).all()
+    assert np.isfinite([mean[:, 1:], m2[:, 1:]]).all()
 
 
 def test_merge_is_commutative():
@@ -121,13 +204,14 @@ def test_a_nan_in_one_part_is_seen_in_the_whole():
 
 @pytest.mark.skipif(not modes.DIFFERENTIABLE, reason="this backend has no gradients")
 @pytest.mark.parametrize("mode", modes.EXTREMES)
-def test_the_gradient_goes_through_a_merge(mode):
+@pytest.mark.parametrize("merged", [over_all, *MERGES.values()], ids=["parts", *MERGES])
+def test_the_gradient_goes_through_a_merge(mode, merged):
     x = hard.channels((4, 50, 10), 2)
     a, b = (modes.tensor(np.linspace(*ends, 10, dtype="float32")) for ends in ((1, 3), (-1, 1)))
 
     def function(x):
-        found = merge(kernels.moments(x, (1,)), over_rows)
-        return ops.sum(a * found.mean + b * found.m2)
+        found = merged(kernels.moments(x, (1,)))
+        return ops.sum(a * found.mean[0] + b * found.m2[0])
 
     (found,) = modes.gradients(mode, function, [x])
     exact = reference.moments(x, (0, 1))

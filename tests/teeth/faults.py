@@ -21,6 +21,7 @@ FUZZ = "tests/test_fuzz.py::test_layer_agrees_with_the_oracle[{}]"
 CONTRACT = "tests/kernels/test_contract.py -k 'any_kappa and eager-conv-output and not generic'"
 WEIGHTS = "tests/kernels/test_weights.py -k 'under_a_0_does_not and eager and not generic'"
 MOMENTS = "tests/core/test_moments.py -k merged_parts"
+REPLICAS = "tests/core/test_moments.py -k parts_of_replicas"
 SCALING = "tests/layers/test_feature_scaling.py"
 LIMITS = "tests/layers/test_limits.py"
 STATISTICS = "tests/layers/test_statistics.py"
@@ -110,6 +111,18 @@ FAULTS = {
         "total(parts.m2 + counts * ops.square(distance - offset))",
         "total(parts.m2)",
         MOMENTS,
+    ),
+    "moments of replicas merged by sums of squares": Fault(
+        "core/moments.py",
+        "pivot = settled(weighted / positive(count))",
+        "pivot = ops.zeros_like(weighted)",
+        REPLICAS,
+    ),
+    "mask forgotten where replicas are merged": Fault(
+        "core/moments.py",
+        "counts = _counted(own).count",
+        "counts = ops.ones_like(own.pivot)",
+        REPLICAS,
     ),
     "NaN taken up by the moving statistics": Fault(
         "core/moments.py",
