@@ -1,0 +1,190 @@
+"""Layers on a mapped axis of JAX: their results on shards, and what is summed for them.
+
+python tests/distributed/jax_maps.py
+
+As a program, on virtual devices: prints the errors of each layer, way and pair of shards as JSON.
+"""
+
+import functools
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from tests.distributed.shards import LAYERS, PAIRS, SPACE, Shards, built, errors
+from tests.oracle import Arrays
+
+AXIS = "replicas"
+REPLICAS = 2
+SPLIT, WHOLE = PartitionSpec(AXIS), PartitionSpec()
+FILLED = 7  # samples per replica where shards are not equal: JAX maps equal ones
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a layer is mapped, and where its gradient is taken.
+
+    Attributes:
+        map: "shard_map", "pmap" or "vmap".
+        is_inside: Whether the gradient is taken inside the mapped function.
+        is_checked: `check_vma` of `shard_map`: whether JAX follows what is the same everywhere.
+    """
+
+    map: str
+    is_inside: bool
+    is_checked: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name in tables."""
+        checked = " checked" if self.is_checked else ""
+        return f"{self.map}{checked}, gradient {'inside' if self.is_inside else 'outside'}"
+
+    @property
+    def sums_gradients(self) -> bool:
+        """Whether gamma and beta get the gradient of all replicas, not each its own."""
+        return self.is_checked or not self.is_inside
+
+    def over(self, f: Any) -> Any:
+        """Map f(split, whole) -> (split, one for each replica), without an axis of replicas."""
+        if self.map == "shard_map":
+            out = SPLIT, WHOLE if self.is_checked else SPLIT
+            mesh = Mesh(np.array(jax.devices()[:REPLICAS]), (AXIS,))
+            mapped = f if self.is_checked else lambda *args: _stacked(*f(*args))
+            return jax.shard_map(
+                mapped, mesh=mesh, in_specs=(SPLIT, WHOLE), out_specs=out, check_vma=self.is_checked
+            )
+        each = getattr(jax, self.map)(f, axis_name=AXIS, in_axes=(0, None))
+
+        def mapped(split: Any, whole: Any) -> Any:
+            found, own = each(jax.tree.map(_apart, split), whole)
+            return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), found), own
+
+        return mapped
+
+
+VMAP = [Way("vmap", True), Way("vmap", False)]
+# On devices.
+WAYS = [Way("shard_map", inside, checked) for inside in (True, False) for checked in (True, False)]
+WAYS += [Way("pmap", True), Way("pmap", False)]
+
+
+def _apart(array: Any) -> Any:
+    return array.reshape(REPLICAS, -1, *array.shape[1:])
+
+
+def _stacked(split: Any, own: Any) -> Any:
+    return split, jax.tree.map(lambda a: a[None], own)
+
+
+def forward(layer: Any, x: Any, trainable: Any, mask: Any = None) -> Any:
+    """Return the output in training and the non-trainable variables after it."""
+    fixed = [v.value for v in layer.non_trainable_variables]
+    return layer.stateless_call(trainable, fixed, x, training=True, mask=mask)
+
+
+def values(layer: Any) -> list[Any]:
+    """Return gamma and beta."""
+    return [v.value for v in layer.trainable_variables]
+
+
+@functools.cache
+def step(way: Way, kind: str, options: tuple[tuple[str, Any], ...]) -> Any:
+    """Return a jitted function of ({x, dy, mask}, trainable): (y, dx) and the gradients and state.
+
+    Gradients and state have an axis of replicas, but where shard_map knows that all have the same.
+    """
+    layer = built(kind, **dict(options))
+
+    def inside(split: Any, trainable: Any) -> Any:
+        y, pull, state = _vjp(lambda x, t: forward(layer, x, t, split.get("mask")))(
+            split["x"], trainable
+        )
+        dx, gradients = pull(split["dy"])
+        return (y, dx), (gradients, state)
+
+    def outside(split: Any, trainable: Any) -> Any:
+        each = way.over(lambda part, t: forward(layer, part["x"], t, part.get("mask")))
+        masks = {key: split[key] for key in ("mask",) if key in split}
+        y, pull, state = _vjp(lambda x, t: each({"x": x, **masks}, t))(split["x"], trainable)
+        dx, gradients = pull(split["dy"])
+        return (y, dx), (gradients, state)
+
+    return jax.jit(way.over(inside) if way.is_inside else outside)
+
+
+def _vjp(f: Any) -> Any:
+    return functools.partial(jax.vjp, f, has_aux=True)
+
+
+def filled(shards: Shards) -> dict[str, np.ndarray]:
+    """Return x, dy and mask with shards of equal sizes; what fills them up is masked NaN."""
+    split = {"x": shards.x, "dy": shards.dy}
+    if len(set(shards.sizes)) == 1 and not shards.is_masked:
+        return split
+    everywhere = np.ones((sum(shards.sizes), *SPACE[:-1]), bool)
+    split["mask"] = shards.mask if shards.is_masked else everywhere
+    filling = {"x": np.nan, "dy": 0, "mask": False}
+    return {key: _filled(shards.cut(array), filling[key]) for key, array in split.items()}
+
+
+def _filled(parts: list[np.ndarray], value: Any) -> np.ndarray:
+    padding = [np.full((FILLED - len(p), *p.shape[1:]), value, p.dtype) for p in parts]
+    return np.concatenate([np.concatenate(pair) for pair in zip(parts, padding, strict=True)])
+
+
+def found_errors(way: Way, kind: str, shards: Shards, **options: Any) -> dict[str, float]:
+    """Return the errors of a layer whose batch is mapped, as `shards.errors`."""
+    layer = built(kind, **options)
+    split = filled(shards)
+    (y, dx), (gradients, state) = step(way, kind, tuple(options.items()))(split, values(layer))
+    size = len(y) // REPLICAS
+    real = np.concatenate([np.arange(size) < n for n in shards.sizes])
+    unmoved = _named(layer.trainable_variables, values(layer))
+    states = _each(layer.non_trainable_variables, state, not way.is_checked)
+    return errors(
+        shards,
+        kind,
+        [np.asarray(y)[real]],
+        [np.asarray(dx)[real]],
+        _each(layer.trainable_variables, gradients, not way.sums_gradients),
+        [unmoved | state for state in states],
+    )
+
+
+def _named(variables: Any, arrays: Any) -> Arrays:
+    return {v.name: np.asarray(a) for v, a in zip(variables, arrays, strict=True)}
+
+
+def _each(variables: Any, arrays: Any, is_stacked: bool) -> list[Arrays]:
+    """Return the arrays by name, of each replica."""
+    if not is_stacked:
+        return [_named(variables, arrays)]
+    return [_named(variables, [array[i] for array in arrays]) for i in range(REPLICAS)]
+
+
+def cases(ways: list[Way]) -> dict[str, tuple[Way, str, Shards]]:
+    """Return each way with each layer and each pair of shards."""
+    return {
+        f"{kind}, {way.name}, {pair}": (way, kind, shards)
+        for way in ways
+        for kind in LAYERS
+        for pair, shards in PAIRS.items()
+    }
+
+
+def main() -> None:
+    """Print the errors of all cases on devices."""
+    found = {
+        name: found_errors(*case, synchronized=True, axis_name=AXIS)
+        for name, case in cases(WAYS).items()
+    }
+    sys.stdout.write(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
