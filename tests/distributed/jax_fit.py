@@ -119,9 +119,8 @@ def collectives(text: str) -> dict[str, list[int]]:
     names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
     for shapes, name in re.findall(rf" = (\S.*?) ({names})(?:-start)?\(", text):
         sizes = [size.split(",") for size in re.findall(r"\[([\d,]*)\]", shapes)]
-        found.setdefault(name, []).append(
-            sum(int(np.prod([int(n or 1) for n in s])) for s in sizes)
-        )
+        elements = sum(math.prod(int(n or 1) for n in size) for size in sizes)
+        found.setdefault(name, []).append(elements)
     return found
 
 

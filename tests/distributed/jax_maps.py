@@ -19,6 +19,7 @@ from tests.distributed.shards import LAYERS, PAIRS, SPACE, Shards, built, errors
 from tests.oracle import Arrays
 
 AXIS = "replicas"
+SYNCHRONIZED = {"synchronized": True, "axis_name": AXIS}
 REPLICAS = 2
 SPLIT, WHOLE = PartitionSpec(AXIS), PartitionSpec()
 FILLED = 7  # samples per replica where shards are not equal: JAX maps equal ones
@@ -177,13 +178,30 @@ def cases(ways: list[Way]) -> dict[str, tuple[Way, str, Shards]]:
     }
 
 
+def slopes(way: Way, kind: str) -> tuple[float, float]:
+    """Return the slope of sum(dy·y) along one direction, in forward and in reverse mode."""
+    layer, shards = built(kind, **SYNCHRONIZED), PAIRS["equal"]
+    over = way.over(lambda x, trainable: forward(layer, x, trainable))
+
+    def y(x: Any, trainable: Any) -> Any:
+        return over(x, trainable)[0]
+
+    @jax.jit
+    def both(inputs: Any, dy: Any) -> Any:
+        along = jax.tree.map(jax.numpy.cos, inputs)
+        _, tangent = jax.jvp(y, inputs, along)
+        _, pull = jax.vjp(y, *inputs)
+        return jax.numpy.vdot(dy, tangent), jax.tree.map(jax.numpy.vdot, pull(dy), along)
+
+    ahead, back = both((shards.x, values(layer)), shards.dy)
+    return float(ahead), float(sum(jax.tree.leaves(back)))
+
+
 def main() -> None:
-    """Print the errors of all cases on devices."""
-    found = {
-        name: found_errors(*case, synchronized=True, axis_name=AXIS)
-        for name, case in cases(WAYS).items()
-    }
-    sys.stdout.write(json.dumps(found))
+    """Print the errors of all cases on devices, and slopes."""
+    found = {name: found_errors(*case, **SYNCHRONIZED) for name, case in cases(WAYS).items()}
+    slope = {way.name: slopes(way, "batch") for way in WAYS if not way.is_inside}
+    sys.stdout.write(json.dumps({"errors": found, "slopes": slope}))
 
 
 if __name__ == "__main__":
