@@ -87,9 +87,9 @@ def test_weights_are_the_same_bits(saver, loader, file, folder):
 def test_saved_statistics_have_moved(saver, folder):
     saved = read(folder, saver)
     moving = {name: value for name, value in saved.items() if "moving" in name or "renorm_" in name}
-    assert len(moving) == 2 + 2 + 5 + 2
+    assert len(moving) == 2 + 2 + 5 + 2 + 2 + 3 + 2
     assert all(((value != 0) & (value != 1)).any() for value in moving.values())
-    assert [int(v) for name, v in saved.items() if name.endswith("step")] == [3]
+    assert [int(v) for name, v in saved.items() if name.endswith("step")] == [3, 3]
 
 
 def test_training_on_numpy_is_refused_by_keras(folder):

@@ -17,12 +17,19 @@ SAVERS = ("tensorflow", "jax", "torch")
 
 
 def layers() -> list[keras.layers.Layer]:
-    """Return every layer: with an axis tuple, renorm, and a ramp that has begun."""
+    """Return every layer: with an axis tuple, renorm, a ramp that has begun, a count, replicas."""
+    replicas = {"synchronized": True, "axis_name": "replicas"}
     return [
         keras_bn.BatchNormalization(momentum=0.2),
         keras_bn.GroupNormalization(2),
         keras_bn.BatchRenormalization(axis=1, rmax_steps=(0, 9), dmax_steps=(2, 9)),
         keras_bn.BatchNormalization(renorm=True, renorm_clipping={"rmax": 2.0, "dmax": 1.0}),
+        keras_bn.InstanceNormalization(axis=1),
+        keras_bn.LayerNormalization(axis=(1, 2)),
+        keras_bn.RMSNormalization(),
+        keras_bn.BatchNormalization(momentum=0.2, **replicas),
+        keras_bn.BatchRenormalization(rmax_steps=None, dmax_steps=None, **replicas),
+        keras_bn.BatchNormalization(debias=True),
         keras_bn.BatchNormalization(axis=(1, 2), momentum=0.5),
     ]
 

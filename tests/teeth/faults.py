@@ -278,3 +278,45 @@ FAULTS = {
         FUZZ.format(82),
     ),
 }
+
+# Statistics of all replicas, in JAX; the tests of other backends start processes for each.
+VMAP = "tests/distributed/test_jax.py -k 'shards_of_vmap and batch and inside'"
+TOTAL = "        return jax.lax.psum(values, axis_name)\n"
+SYNCHRONIZED = {
+    "sum over replicas without its adjoint": Fault(
+        "kernels/jax/replicas.py",
+        TOTAL,
+        "        own = jax.lax.stop_gradient(values)\n"
+        "        return values + jax.lax.psum(own, axis_name) - own\n",
+        VMAP,
+    ),
+    "sum over replicas inside a derivative by hand": Fault(
+        "kernels/jax/replicas.py",
+        TOTAL,
+        "        total = jax.custom_vjp(lambda v: jax.lax.psum(v, axis_name))\n"
+        "        total.defvjp(lambda v: (total(v), None), lambda _, g: (total(g),))\n"
+        "        return total(values)\n",
+        # With devices the gradient is wrong, too: a test of its own shows by how much.
+        "tests/distributed/test_jax.py -k 'forward_mode and not devices'",
+    ),
+    "sums of squares over replicas": Fault(
+        "core/moments.py",
+        "pivot = settled(weighted / positive(count))",
+        "pivot = 0.0 * weighted",
+        VMAP,
+    ),
+    "replicas that all count alike": Fault(
+        "core/moments.py",
+        "counts = _counted(own).count\n    sums",
+        "counts = ops.ones_like(own.pivot)\n    sums",
+        VMAP,
+    ),
+    "statistics of the ghosts of one replica kept": Fault(
+        "layers/batch_statistics.py",
+        "batch = batch if across is None else across(batch)",
+        "batch = batch if across is None else batch",
+        "tests/distributed/test_jax.py -k ghosts_are_local",
+    ),
+}
+if IS_JAX:
+    FAULTS |= SYNCHRONIZED
