@@ -161,28 +161,11 @@ def _distance(parts: Moments, counts: Tensor, pivot: Tensor) -> Tensor:
     return ops.where(counts > 0, (parts.pivot - pivot) + parts.offset, ops.zeros_like(pivot))
 
 
-def merge_gathered(own: Moments, gather: Callable[[Tensor], Tensor]) -> Moments:
-    """Merge the moments that each replica has of its part, in one exchange, as `merge`.
-
-    Args:
-        own: The moments of this replica's part.
-        gather: Stacks an array of all replicas along a new first axis, with its gradient.
-
-    Returns:
-        The merged moments, the same on every replica.
-    """
-    return _merge_stacked(gather(ops.stack(_counted(own))))
-
-
 def union(first: Moments, second: Moments) -> Moments:
     """Return the moments of two sets together."""
-    return _merge_stacked(ops.stack([ops.stack(_counted(part)) for part in (first, second)]))
-
-
-def _merge_stacked(parts: Tensor) -> Moments:
-    """Merge parts along the first axis; count, pivot, offset and m2 lie along the second."""
-    fields = Moments(*(parts[:, field] for field in range(len(Moments._fields))))
-    merged = merge(fields, lambda array: ops.sum(array, axis=0, keepdims=True))
+    pairs = zip(_counted(first), _counted(second), strict=True)
+    parts = Moments(*(ops.stack(pair) for pair in pairs))
+    merged = merge(parts, lambda array: ops.sum(array, axis=0, keepdims=True))
     return Moments(*(part[0] for part in merged))
 
 

@@ -12,7 +12,6 @@ from keras_bn.core.moments import (
     degrees_of_freedom,
     is_known,
     merge,
-    merge_gathered,
     merge_replicas,
     or_else,
     union,
@@ -73,19 +72,6 @@ def replicated(parts: Moments) -> Moments:
     return merge_replicas(parts, total)
 
 
-def gathered(parts: Moments) -> Moments:
-    """Merge parts as the last replica does that gathers."""
-    rows = Moments(parts.count * ops.ones_like(parts.pivot), *parts[1:])
-    others = ops.stack([part[:-1] for part in rows], axis=1)
-    own = Moments(*(part[-1] for part in rows))
-    found = merge_gathered(own, lambda array: ops.concatenate([others, array[None]]))
-    return Moments(*(part[None] for part in found))
-
-
-MERGES = {"replicas": replicated, "gathered": gathered}
-each_merge = pytest.mark.parametrize("merged", MERGES.values(), ids=MERGES)
-
-
 def take(moments: Moments, rows: Any) -> Moments:
     """Return some of the parts, in the order given."""
     rows = modes.tensor(np.array(rows, "int32"))
@@ -110,12 +96,11 @@ def test_merged_parts_are_the_whole(sizes, weighted):
     assert share(found, reference.moments(x, (0,), weights)) <= 1
 
 
-@each_merge
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
-def test_parts_of_replicas_are_the_whole(merged, sizes, weighted):
+def test_parts_of_replicas_are_the_whole(sizes, weighted):
     x, weights = data(weighted)
-    found = merged(parts(x, weights, sizes))
+    found = replicated(parts(x, weights, sizes))
     assert share(found, reference.moments(x, (0,), weights)) <= 1
 
 
@@ -124,33 +109,29 @@ def test_replicas_come_to_the_same_numbers():
     assert all(np.array_equal(part, np.broadcast_to(part[:1], part.shape)) for part in found)
 
 
-@each_merge
-def test_empty_replicas_have_empty_moments(merged):
+def test_empty_replicas_have_empty_moments():
     x, _ = data()
-    found = merged(parts(x, np.zeros((ROWS, 1)), (300, 300)))
+    found = replicated(parts(x, np.zeros((ROWS, 1)), (300, 300)))
     assert not any(part.any() for part in modes.to_numpy((found.count, found.mean, found.m2)))
 
 
-@each_merge
-def test_an_empty_replica_changes_nothing_even_where_its_distance_overflows(merged):
+def test_an_empty_replica_changes_nothing_even_where_its_distance_overflows():
     arrays = ([[3.0], [0.0]], [[1e25], [0.0]], [[0.0], [0.0]], [[5e12], [0.0]])
-    found = merged(Moments(*(modes.tensor(np.array(a, "float32")) for a in arrays)))
+    found = replicated(Moments(*(modes.tensor(np.array(a, "float32")) for a in arrays)))
     assert modes.to_numpy(found.mean) == pytest.approx(1e25, rel=2 * U)
     assert modes.to_numpy(found.m2) == pytest.approx(5e12, rel=2 * U)
 
 
-@each_merge
-def test_replicas_may_count_by_a_python_number(merged):
+def test_replicas_may_count_by_a_python_number():
     x, weights = data()
-    found = merged(parts(x, weights, (300, 300))._replace(count=300))
+    found = replicated(parts(x, weights, (300, 300))._replace(count=300))
     assert share(found, reference.moments(x, (0,))) <= 1
 
 
-@each_merge
-def test_a_nan_on_one_replica_is_seen_by_all(merged):
+def test_a_nan_on_one_replica_is_seen_by_all():
     x, weights = data()
     x[17, 0] = np.nan
-    found = merged(parts(x, weights, (300, 300)))
+    found = replicated(parts(x, weights, (300, 300)))
     mean, m2 = modes.to_numpy((found.mean, found.m2))
     assert np.isnan([mean[:, 0], m2[:, 0]]).all()
     assert np.isfinite([mean[:, 1:], m2[:, 1:]]).all()
@@ -204,7 +185,7 @@ def test_a_nan_in_one_part_is_seen_in_the_whole():
 
 @pytest.mark.skipif(not modes.DIFFERENTIABLE, reason="this backend has no gradients")
 @pytest.mark.parametrize("mode", modes.EXTREMES)
-@pytest.mark.parametrize("merged", [over_all, *MERGES.values()], ids=["parts", *MERGES])
+@pytest.mark.parametrize("merged", [over_all, replicated], ids=["parts", "replicas"])
 def test_the_gradient_goes_through_a_merge(mode, merged):
     x = hard.channels((4, 50, 10), 2)
     a, b = (modes.tensor(np.linspace(*ends, 10, dtype="float32")) for ends in ((1, 3), (-1, 1)))
