@@ -126,7 +126,12 @@ def test_nothing_is_sent_without_an_engine(kind):
 # Models in DistributedDataParallel.
 
 
-@pytest.mark.parametrize("name", ["trained", "trained, accumulated", "trained, compiled"])
+each_run = pytest.mark.parametrize(
+    "name", ["trained", "trained, accumulated", "trained, 8 and 0", "trained, compiled"]
+)
+
+
+@each_run
 def test_model_trains_as_in_one_process(name):
     assert max(found["distance"] for found in training(name)) < TRAINED
 
@@ -135,7 +140,7 @@ def test_not_synchronized_it_does_not():
     assert min(found["distance"] for found in training("trained, not synchronized")) > TRAINED
 
 
-@pytest.mark.parametrize("name", ["trained", "trained, accumulated", "trained, compiled"])
+@each_run
 def test_trained_processes_are_the_same_to_the_bit(name):
     first, second = training(name)
     assert first == second

@@ -17,6 +17,7 @@ import keras_bn
 from tests.distributed.torch_values import compiled
 
 SHAPE, CLASSES, STEPS = (6, 6, 2), 3, 4
+BATCH = 8
 SIZES = (5, 3)  # samples of each process in every batch
 
 
@@ -45,12 +46,11 @@ def network(is_small: bool = False, **options: Any) -> keras.Model:
 def batches(number: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return batches of all processes: inputs whose mean depends on the process, and classes."""
     draw = np.random.default_rng(1)
-    centers = np.repeat(np.arange(len(SIZES)), SIZES).reshape(-1, 1, 1, 1)
-    count = sum(SIZES)
+    centers = (np.arange(BATCH) >= SIZES[0]).reshape(-1, 1, 1, 1)
     return [
         (
-            draw.normal(centers, 1.0, (count, *SHAPE)).astype("float32"),
-            draw.integers(CLASSES, size=count),
+            draw.normal(centers, 1.0, (BATCH, *SHAPE)).astype("float32"),
+            draw.integers(CLASSES, size=BATCH),
         )
         for _ in range(number)
     ]
@@ -70,7 +70,6 @@ def trained(
     """
     weights = [v.value for v in model.trainable_variables]
     optimizer = torch.optim.SGD(weights, lr=0.1, momentum=0.9)
-    count = sum(SIZES)
     for number, (x, classes) in enumerate(batches(STEPS * accumulated), 1):
         is_last = number % accumulated == 0
         with nullcontext() if is_last or module is model else module.no_sync():
@@ -79,7 +78,7 @@ def trained(
                 logits, torch.from_numpy(classes[part]), reduction="sum"
             )
             # The mean over the samples of all processes, whose gradients are averaged.
-            (loss * replicas / count).backward()
+            (loss * replicas / BATCH).backward()
         if is_last:
             optimizer.step()
             optimizer.zero_grad()
@@ -87,22 +86,26 @@ def trained(
 
 
 @functools.cache
-def replica(is_compiled: bool = False, accumulated: int = 1, **options: Any) -> keras.Model:
+def replica(
+    is_compiled: bool = False,
+    accumulated: int = 1,
+    sizes: tuple[int, int] = SIZES,
+    **options: Any,
+) -> keras.Model:
     """Return the model that all processes have trained together."""
     model = network(is_compiled, **options)
     module = DistributedDataParallel(model)
     if is_compiled:
         module = torch.compile(module, backend="aot_eager")
-    last = np.cumsum(SIZES)[distributed.get_rank()]
-    part = slice(last - SIZES[distributed.get_rank()], last)
-    return trained(model, module, part, len(SIZES), accumulated)
+    part = (slice(0, sizes[0]), slice(sizes[0], BATCH))[distributed.get_rank()]
+    return trained(model, module, part, len(sizes), accumulated)
 
 
 def distance(
     folder: str, is_compiled: bool = False, accumulated: int = 1, **options: Any
 ) -> dict[str, Any]:
     """Return how far the weights are from those of one process, and a digest of them."""
-    model = replica(is_compiled, accumulated, **options)
+    model = replica(is_compiled=is_compiled, accumulated=accumulated, **options)
     single = network(is_compiled)
     trained(single, single, slice(None), 1, accumulated)
     pairs = zip(model.get_weights(), single.get_weights(), strict=True)
@@ -112,7 +115,7 @@ def distance(
 def saved(folder: str) -> list[dict[str, Any]]:
     """Return digests of the trained model and of what is loaded after rank 0 has saved it."""
     path = Path(folder, "model.keras")
-    model = replica(False, 1, synchronized=True)
+    model = replica(synchronized=True)
     if distributed.get_rank() == 0:
         model.save(path)
     distributed.barrier()
@@ -131,6 +134,7 @@ CHECKS: dict[str, Callable[[str], object]] = {
     "trained": functools.partial(distance, synchronized=True),
     "trained, not synchronized": functools.partial(distance, synchronized=False),
     "trained, accumulated": functools.partial(distance, synchronized=True, accumulated=2),
+    "trained, 8 and 0": functools.partial(distance, synchronized=True, sizes=(BATCH, 0)),
     "trained, compiled": functools.partial(distance, synchronized=True, is_compiled=True),
     "saved": saved,
     "compiled": compiled,

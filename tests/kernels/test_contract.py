@@ -129,7 +129,15 @@ def test_an_outlier_does_not_hide_the_rest(mode, rows, kind):
 # Where all pooled axes are short, a compiler may well add the elements one by one.
 @pytest.mark.parametrize("mode", modes.EXTREMES)
 @pytest.mark.parametrize(
-    ("shape", "kept"), [((15, 15, 15, 1), 3), ((4, 9, 9, 4), 3), ((31, 4, 31), 1), ((4099, 4), 1)]
+    ("shape", "kept"),
+    [
+        ((15, 15, 15, 1), 3),
+        ((4, 9, 9, 4), 3),
+        ((31, 4, 31), 1),
+        ((4099, 4), 1),
+        ((4, 250), 0),
+        ((4, 1024), 0),
+    ],
 )
 def test_equal_values_do_not_add_up_their_rounding_errors(mode, shape, kept):
     x = hard.channels(shape, kept, kinds=hard.COARSE)

@@ -320,3 +320,29 @@ SYNCHRONIZED = {
 }
 if IS_JAX:
     FAULTS |= SYNCHRONIZED
+
+# The replicas.
+REPLICAS = f"kernels/{BACKEND}/replicas.py"
+PAIRS = "tests/distributed/test_torch.py -k 'two_processes and batch'"
+if BACKEND == "torch":
+    FAULTS |= {
+        "gradients of replicas not summed": Fault(
+            STEPS, "level, slope = across.total(ops.stack([level, slope]))", "pass", PAIRS
+        ),
+        "gathered without the adjoint": Fault(
+            REPLICAS,
+            "return _Own.apply(grad, ctx.replicas), None",
+            "return grad[distributed.get_rank(ctx.replicas._group)], None",
+            "tests/distributed/test_torch.py -k 'second_derivative and all'",
+        ),
+        "replicas merged as sums of squares": Fault(
+            REPLICAS,
+            "return Moments(total, center, rest, spread.sum(0))",
+            "squares = (m2 + count * (pivot + offset).square()).sum(0)\n"
+            "    return Moments(total, center, rest, squares - total * (center + rest).square())",
+            PAIRS,
+        ),
+        "mask of replicas forgotten": Fault(
+            REPLICAS, "count = own.count * torch.ones", "count = torch.ones", PAIRS
+        ),
+    }

@@ -130,7 +130,7 @@ def _blocks(add: Add, view: _View) -> Tensor:
                 break  # what is left for float64 to sum is small enough
             return _folded(add, view.values, axis, whole, room, factor)
         whole.append(axis)
-        room //= max(size, 1)
+        room = min(room, _BLOCK) // max(size, 1)
     return add(view.values, whole)
 
 
