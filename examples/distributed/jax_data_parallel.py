@@ -17,6 +17,7 @@ first three are the same but for rounding, which training amplifies. About one m
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -76,7 +77,7 @@ def loop(data: Data, size: int, epochs: int, **options: object) -> keras.Model:
         losses = []
         for x, y in batches(epoch, data, size):
             loss, state = step(state, x, y)
-            losses.append(loss)
+            losses.append(float(loss))  # waits, so that steps do not pile up
         report(epoch, epochs, float(np.mean(losses)))
     for group, values in zip(groups, state, strict=True):
         for variable, value in zip(group, values, strict=True):
@@ -134,8 +135,9 @@ def main() -> None:
     if keras.config.backend() != "jax":
         sys.exit("Set KERAS_BACKEND=jax.")
     jax.config.update("jax_num_cpu_devices", chosen.devices)
-    # jax 0.10.2: virtual devices wait for each other for ever where steps are dispatched ahead.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    # jax 0.10.2: the devices share as many threads as there are cores, or devices; where others
+    # take one, those that wait for each other can wait for ever. This sets more.
+    os.environ["NPROC"] = str(8 * chosen.devices)
 
     images, digits, *test = task.load_data()
     size = chosen.devices * PER_DEVICE
