@@ -23,8 +23,7 @@ DEVICES = 4
 # Layers that keep statistics, which differ from replica to replica where not synchronized.
 KEPT = {
     "batch": keras_bn.BatchNormalization,
-    "renorm": keras_bn.BatchRenormalization,
-    "counted": functools.partial(keras_bn.BatchRenormalization, debias=True),
+    "renorm": functools.partial(keras_bn.BatchRenormalization, debias=True),
     "cumulative": functools.partial(keras_bn.BatchNormalization, momentum=None),
     "synchronized": functools.partial(keras_bn.BatchNormalization, synchronized=True),
     "Keras": keras.layers.BatchNormalization,
