@@ -1,22 +1,16 @@
 """Networks trained with `fit` under `keras.distribution`, beside the same on one device.
 
-    python tests/distributed/jax_fit.py devices
-    python tests/distributed/jax_fit.py processes
+    python tests/distributed/jax_fit.py
 
-Prints as JSON, for `devices` (virtual ones): how far the weights of each case are from those of one
-device, and what its compiled step sends; for `processes`: how far those of two processes are.
+As a program, on virtual devices: prints as JSON how far the weights of each case are from those of
+one device, and what its compiled step sends.
 """
 
 import json
 import math
-import os
 import re
-import socket
-import subprocess
 import sys
-import tempfile
 from itertools import zip_longest
-from pathlib import Path
 
 import jax
 import keras
@@ -26,7 +20,6 @@ from keras import distribution as parallel
 import keras_bn
 
 SAMPLES, STEPS = 16, 4
-REPLICAS = 2  # processes
 WIDE = 4096  # features, from which on a sum over a short batch is a product
 
 # NumPy draws the kernels: several processes draw others than one does, and take seconds for each
@@ -157,42 +150,5 @@ def devices() -> dict[str, dict]:
     return found
 
 
-def rank(number: int, address: str, file: str) -> None:
-    """Train as one of two processes, with its half of each batch, and save the weights."""
-    keras.utils.set_random_seed(0)  # or the processes agree on a seed, which takes seconds
-    parallel.initialize(address, REPLICAS, number)
-    # Arrays are not split by Keras 3.15.1: each process hands over its own part.
-    parallel.set_distribution(parallel.DataParallel(auto_shard_dataset=False))
-    model = images("synchronized")
-    own = [part.reshape(STEPS, REPLICAS, -1, *part.shape[1:])[:, number] for part in data(model)]
-    x, y = (part.reshape(-1, *part.shape[2:]) for part in own)
-    model.fit(x, y, batch_size=SAMPLES // REPLICAS, shuffle=False, verbose=0)
-    np.savez(file, *(v.value.addressable_data(0) for v in model.weights))
-
-
-def processes() -> dict[str, float]:
-    """Return how far the weights of each of two processes are from those of this one."""
-    # The coordinator shares the port, so nobody else can take it before.
-    with socket.socket() as reserved, tempfile.TemporaryDirectory() as folder:
-        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        reserved.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{reserved.getsockname()[1]}"
-        files = [Path(folder, f"{number}.npz") for number in range(REPLICAS)]
-        started = [
-            subprocess.Popen(
-                [sys.executable, __file__, "rank", str(number), address, str(file)],
-                env=os.environ | {"JAX_COORDINATOR_BIND_ADDRESS": address},
-            )
-            for number, file in enumerate(files)
-        ]
-        wanted = trained(images("synchronized"))
-        if max(process.wait() for process in started):
-            sys.exit("a process failed")
-        return {file.stem: difference(list(np.load(file).values()), wanted) for file in files}
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "rank":
-        rank(int(sys.argv[2]), *sys.argv[3:])
-    else:
-        sys.stdout.write(json.dumps({"devices": devices, "processes": processes}[sys.argv[1]]()))
+    sys.stdout.write(json.dumps(devices()))

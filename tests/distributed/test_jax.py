@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 
 import keras
 import numpy as np
@@ -53,14 +54,14 @@ def printed(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
-    def found(program, *arguments, flags=""):
-        file = base / "-".join([program, *arguments])
+    def found(program, flags=""):
+        file = base / program
         with open(f"{file}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not file.exists():
                 path = f"tests/distributed/{program}.py"
                 settings = THREADS | {"XLA_FLAGS": flags}
-                file.write_text(run(path, *arguments, backend="jax", limit=180, **settings))
+                file.write_text(run(path, backend="jax", limit=180, **settings))
         return json.loads(file.read_text().splitlines()[-1])
 
     return found
@@ -68,12 +69,17 @@ def printed(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def maps(printed):
-    return printed("jax_maps", flags=f"{DEVICES.format(REPLICAS)} {QUICK}")
+    return printed("jax_maps", f"{DEVICES.format(REPLICAS)} {QUICK}")
 
 
 @pytest.fixture(scope="session")
 def devices(printed):
-    return printed("jax_fit", "devices", flags=DEVICES.format(8))
+    return printed("jax_fit", DEVICES.format(8))
+
+
+@pytest.fixture(scope="session")
+def processes(printed):
+    return printed("jax_processes")
 
 
 # On a mapped axis.
@@ -272,6 +278,17 @@ def test_ghosts_send_no_more_than_channels(devices):
     assert max(sent["collective-permute"]) <= 2 * 16
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_two_processes_train_the_weights_of_one(rank, printed):
-    assert printed("jax_fit", "processes")[rank] <= 5e-5
+# In two processes.
+
+
+def test_two_processes_train_the_weights_of_one(processes):
+    assert max(processes["differences"]) <= 5e-5
+
+
+def test_a_process_says_that_another_one_has_died(processes):
+    assert re.search("Gloo .* failed: .* by peer", processes["error of the first"])
+
+
+def test_processes_end_when_one_takes_a_step_less(processes):
+    assert all(processes["ended"])
+    assert all("Barrier timed out" in text for text in processes["said"])
