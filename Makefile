@@ -31,7 +31,7 @@ demo: known-KERAS_BACKEND $(STAMPS)/$(KERAS_BACKEND) $(STAMPS)/examples  ## trai
 	KERAS_BACKEND=$(KERAS_BACKEND) TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python examples/digits.py
 
 bench: known-KERAS_BACKEND $(STAMPS)/$(KERAS_BACKEND) $(STAMPS)/examples  ## time the layers beside Keras' (KERAS_BACKEND=...)
-	KERAS_BACKEND=$(KERAS_BACKEND) TF_CPP_MIN_LOG_LEVEL=3 $(KEEP_MEMORY) $(BIN)/python benchmarks/layers.py
+	KERAS_BACKEND=$(KERAS_BACKEND) TF_CPP_MIN_LOG_LEVEL=3 $(KEEP_MEMORY) $(BIN)/python benchmarks/layers.py $(ARGS)
 
 test: known-BACKENDS $(SUITE_NEEDS:%=$(STAMPS)/%)  ## run the suite (BACKENDS="jax torch", ARGS="-k moments")
 	@$(BIN)/python tests/run_suite.py --backends="$(BACKENDS)" $(ARGS)
