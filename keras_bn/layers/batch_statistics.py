@@ -219,7 +219,7 @@ class BatchStatistics(Normalization):
             known: Whether the batch's moments may be kept.
         """
         old = ops.convert_to_tensor(variable)
-        new, known = (ops.squeeze(part, self._pooled) for part in (new, known))
+        new, known = ops.reshape(new, old.shape), ops.reshape(known, old.shape)
         moved = moving_average(old, ops.cast(new, old.dtype), momentum)
         variable.assign(ops.where(known, moved, old))
 
