@@ -44,7 +44,7 @@ DIFFERENCE_OF_SQUARES = {
     ),
 }[IS_JAX]
 UNMASKED_GRADIENT = {
-    False: (STEPS, "found.pivot, terms, weights, outer", "found.pivot, terms, None, outer"),
+    False: (STEPS, "affine.center, terms, weights, outer", "affine.center, terms, None, outer"),
     True: (
         JAX,
         "dx = _masked(tangents[0].astype(pivot.dtype), weights)",
@@ -54,8 +54,8 @@ UNMASKED_GRADIENT = {
 CENTER_LATE = {
     "tensorflow": (
         PASSES,
-        "difference * affine.scale + affine.shift, learned",
-        "tf.cast(x, dtype) * affine.scale + (affine.shift - affine.center * affine.scale), learned",
+        "_plus((y if affine.center is None else y - affine.center) * affine.scale, affine.shift)",
+        "y * affine.scale + (affine.shift - affine.center * affine.scale)",
     ),
     "jax": (
         JAX,
@@ -64,8 +64,8 @@ CENTER_LATE = {
     ),
     "torch": (
         PASSES,
-        "torch.addcmul(shift, part - center, scale, out=out)",
-        "torch.addcmul(shift - center * scale, part, scale, out=out)",
+        "torch.addcmul(shift, x - center, scale, out=out)",
+        "torch.addcmul(shift - center * scale, x, scale, out=out)",
     ),
 }[BACKEND]
 UNHIDDEN = {
