@@ -5,8 +5,10 @@
 Two processes on this machine, a stack of 20 layers, forward and backward. SyncBatchNorm itself
 refuses tensors on the CPU (torch 2.13), so its scheme is stated again here: one all-gather of
 mean, reciprocal deviation and count forward, one all-reduce of the two sums backward. What is timed
-goes in turn, in one group; `ratio` is ours over the scheme, the median over the rounds. First, in
-one process, what `synchronized=True` costs where there is nothing to synchronize.
+goes in turn, in one group; `ratio` is to the scheme, the median over the rounds. The scheme is timed
+as a bare module of torch.nn and as a Keras layer: every Keras layer takes its share of Python around
+its `call`. First, in one process, what `synchronized=True` costs where there is nothing to
+synchronize.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from unittest import mock
 os.environ.setdefault("KERAS_BACKEND", "torch")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import keras
 import torch
 from measuring import heading, in_turn, ratio, table
 from torch import distributed
@@ -92,11 +95,40 @@ class SchemeLayer(torch.nn.Module):
         return y
 
 
+class KerasSchemeLayer(keras.layers.Layer):
+    """The same as a Keras layer."""
+
+    def build(self, input_shape: Any) -> None:
+        """Create what a batch normalization has."""
+        shape = input_shape[-1:]
+        self.gamma = self.add_weight(shape=shape, initializer="ones")
+        self.beta = self.add_weight(shape=shape, initializer="zeros")
+        self.moving_mean = self.add_weight(shape=shape, initializer="zeros", trainable=False)
+        self.moving_variance = self.add_weight(shape=shape, initializer="ones", trainable=False)
+
+    def call(self, x: Any) -> Any:
+        """Normalize, and move the statistics."""
+        y, mean, variance = Scheme.apply(x, self.gamma.value, self.beta.value)
+        self._move(self.moving_mean, mean)
+        self._move(self.moving_variance, variance)
+        return y
+
+    def _move(self, variable: Any, new: Any) -> None:
+        variable.assign(variable * MOMENTUM + new * (1 - MOMENTUM))
+
+
 def ours(synchronized: bool, shape: tuple[int, ...]) -> Callable[[Any], Any]:
     """Return one of our layers, in training."""
     layer = keras_bn.BatchNormalization(synchronized=synchronized)
     layer.build((None, *shape[1:]))
     return lambda x: layer(x, training=True)
+
+
+def keras_scheme(shape: tuple[int, ...]) -> Callable[[Any], Any]:
+    """Return the scheme as a built Keras layer."""
+    layer = KerasSchemeLayer()
+    layer.build((None, *shape[1:]))
+    return layer
 
 
 def step_of(make: Callable[[], Callable[[Any], Any]], shape: tuple[int, ...]) -> Callable:
@@ -127,6 +159,7 @@ def measured(shape: tuple[int, ...], rounds: int) -> list[tuple[str, ...]]:
     steps = {
         "synchronized": step_of(lambda: ours(True, shape), shape),
         "SyncBatchNorm's scheme": step_of(lambda: SchemeLayer(shape[-1]), shape),
+        "the same, Keras layer": step_of(lambda: keras_scheme(shape), shape),
         "not synchronized": step_of(lambda: ours(False, shape), shape),
     }
     counts = {name: collectives(step) for name, step in steps.items()}

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from typing import NamedTuple, Self
 
 import numpy as np
-from keras import ops
 from keras.backend import standardize_dtype
 
+from keras_bn.core import native
 from keras_bn.core.moments import Moments
 from keras_bn.types import Tensor
 
@@ -56,7 +56,7 @@ def standardize(moments: Moments, epsilon: float) -> Affine:
     It is written (x - pivot)·scale - offset·scale: the pivot is near x, so the difference is
     exact, and the mean's last digits, which the pivot does not hold, still count.
     """
-    scale = 1.0 / ops.sqrt(moments.variance + epsilon)
+    scale = 1.0 / native.sqrt(moments.variance + epsilon)
     return Affine(moments.pivot, scale, -moments.offset * scale)
 
 
@@ -69,7 +69,7 @@ def rescale(pivot: Tensor, offset: Tensor, width: Tensor) -> Affine:
     """Return the map (x - (pivot + offset)) / width; where the width is 0, it is taken as 1."""
     # The reciprocal of a number below the normal ones is infinite.
     tiny = float(np.finfo(standardize_dtype(width.dtype)).tiny)
-    scale = 1.0 / ops.where(width > tiny, width, ops.ones_like(width))
+    scale = 1.0 / native.where(width > tiny, width, 1.0)
     return Affine(pivot, scale, -offset * scale)
 
 

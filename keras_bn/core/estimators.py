@@ -6,6 +6,7 @@ from typing import NamedTuple
 from keras import ops
 from keras.backend import standardize_dtype
 
+from keras_bn.core import native
 from keras_bn.core.moments import Moments, is_static, positive
 from keras_bn.types import Tensor
 
@@ -78,7 +79,7 @@ def at_least(x: Tensor, low: Tensor) -> Tensor:
     `keras.ops.maximum` (Keras 3.15) rounds float64 to float32 in PyTorch.
     """
     low = ops.convert_to_tensor(low, standardize_dtype(x.dtype))
-    return ops.where(x < low, low, x)
+    return native.where(x < low, low, x)
 
 
 class Limits(NamedTuple):
@@ -126,5 +127,5 @@ def renorm_correction(
     counts = [c for c in (moments.count, count_kept) if c is not None and not is_static(c)]
     for count in counts:
         filled = count > 0
-        r, d = ops.where(filled, r, ops.ones_like(r)), ops.where(filled, d, ops.zeros_like(d))
+        r, d = native.where(filled, r, 1.0), native.where(filled, d, 0.0)
     return ops.stop_gradient(r), ops.stop_gradient(d)

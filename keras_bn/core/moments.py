@@ -17,7 +17,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_bn.types import Tensor
+from keras_bn.core import native
+from keras_bn.types import Shape, Tensor
 
 
 class Moments(NamedTuple):
@@ -46,6 +47,11 @@ class Moments(NamedTuple):
         """The biased variance, m2 / count [x²]; 0 for an empty set."""
         return self.m2 / positive(self.count)
 
+    def reshaped(self, shape: Shape) -> "Moments":
+        """Return the moments in another shape."""
+        parts = (part if is_static(part) else native.reshape(part, shape) for part in self)
+        return Moments(*parts)
+
     @property
     def unbiased_variance(self) -> Tensor:
         """The variance of what the set is a sample of, m2 / (count - 1) [x²]."""
@@ -59,7 +65,7 @@ def is_static(count: Tensor) -> bool:
 
 def positive(count: Tensor) -> Tensor:
     """Return the count with 1 in place of 0, to divide sums of empty sets (which are 0) by."""
-    return max(count, 1) if is_static(count) else count + ops.cast(count <= 0, count.dtype)
+    return max(count, 1) if is_static(count) else native.where(count > 0, count, 1.0)
 
 
 def degrees_of_freedom(count: Tensor) -> Tensor:
@@ -70,13 +76,15 @@ def degrees_of_freedom(count: Tensor) -> Tensor:
     """
     if is_static(count):
         return max(count - 1, min(count, 1))
-    some = ops.where(count < 1, count, ops.ones_like(count))
-    return ops.where(count > 2, count - 1, some)
+    return native.where(count > 2, count - 1, native.where(count < 1, count, 1.0))
 
 
 def is_known(moments: Moments) -> Tensor:
-    """Say for each set whether its moments may be kept: not empty, and finite."""
-    finite = ops.isfinite(moments.mean) & ops.isfinite(moments.m2)
+    """Say for each set whether its moments may be kept: not empty, and finite.
+
+    Deviations from a mean that is not finite are not finite either.
+    """
+    finite = native.isfinite(moments.m2)
     if is_static(moments.count):
         return finite if moments.count > 0 else ops.zeros_like(finite)
     return finite & (moments.count > 0)
@@ -87,7 +95,7 @@ def or_else(moments: Moments, other: Moments) -> Moments:
     if is_static(moments.count):
         return moments if moments.count > 0 else other
     filled = moments.count > 0
-    parts = (ops.where(filled, a, b) for a, b in zip(moments[1:], other[1:], strict=True))
+    parts = (native.where(filled, a, b) for a, b in zip(moments[1:], other[1:], strict=True))
     return Moments(positive(moments.count), *parts)
 
 
@@ -102,7 +110,7 @@ def settled(value: Tensor) -> Tensor:
     if keras.backend.backend() not in ("tensorflow", "jax"):
         return value
     largest = float(np.finfo(keras.backend.standardize_dtype(value.dtype)).max)
-    return ops.where(ops.isfinite(value), ops.clip(value, -largest, largest), value)
+    return native.where(native.isfinite(value), ops.clip(value, -largest, largest), value)
 
 
 def merge(parts: Moments, total: Callable[[Tensor], Tensor]) -> Moments:
@@ -158,7 +166,7 @@ def merge_replicas(own: Moments, total: Callable[[Tensor], Tensor]) -> Moments:
 
 def _distance(parts: Moments, counts: Tensor, pivot: Tensor) -> Tensor:
     """Return the means less a pivot; an empty part may lie so far off that it overflows."""
-    return ops.where(counts > 0, (parts.pivot - pivot) + parts.offset, ops.zeros_like(pivot))
+    return native.where(counts > 0, (parts.pivot - pivot) + parts.offset, 0.0)
 
 
 def union(first: Moments, second: Moments) -> Moments:

@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from keras_bn import kernels
-from keras_bn.core import pooling
+from keras_bn.core import native, pooling
 from keras_bn.core.affine import Learned
 from keras_bn.core.dtypes import statistics_dtype
 from keras_bn.core.moments import Moments
@@ -130,7 +130,6 @@ class Normalization(Configured):
             raise self._invalid(
                 "input_shape", "known along `axis`", input_shape, "Give that size to `Input`."
             )
-        self._pooled = pooling.reduced_axes(len(input_shape), self._kept)
         self._broadcast = pooling.kept_shape(input_shape, self._kept)
         self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes=sizes)
         self._add_parameters()
@@ -187,8 +186,7 @@ class Normalization(Configured):
         """Return a weight as a tensor that broadcasts against the input; None stays None."""
         if value is None:
             return None
-        # Keras 3.15, PyTorch: with a shape in a tuple `reshape` takes several times as long.
-        return ops.expand_dims(ops.cast(value, dtype), self._pooled)
+        return native.reshape(ops.cast(value, dtype), self._broadcast)
 
     def _learned(self, dtype: str) -> Learned:
         return Learned(self._spread(self.gamma, dtype), self._spread(self.beta, dtype))

@@ -170,10 +170,9 @@ class BatchNormalization(BatchStatistics):
     def _initial_stddev(self, shape: Shape, dtype: str | None = None) -> Tensor:
         return ops.sqrt(self.moving_variance_initializer(shape, dtype=dtype))
 
-    def _corrector(self, kept: Moments) -> Corrector | None:
+    def _corrector(self, dtype: str) -> Corrector | None:
         if not self.renorm:
             return None
-        dtype = kept.pivot.dtype
         mean, stddev = (self._spread(v, dtype) for v in (self.renorm_mean, self.renorm_stddev))
         # The initial value may be 0.
         stddev = at_least(stddev, self.epsilon**0.5)
@@ -200,7 +199,8 @@ class BatchNormalization(BatchStatistics):
     def _merge(self, batch: Moments, known: Tensor) -> None:
         """Merge the batch with all that the moving statistics stand for."""
         dtype = batch.pivot.dtype
-        count, kept = self._spread_count(self.moving_count, dtype), self._kept_moments(dtype)
+        kept = self._kept_moments(dtype).reshaped(self._parameter_shape)
+        count = ops.cast(self.moving_count.count, dtype)
         divisor = degrees_of_freedom(count) if self.unbiased else count
         whole = union(kept._replace(count=count, m2=kept.m2 * divisor), batch)
         self._move(self.moving_mean, whole.mean, 0.0, known)

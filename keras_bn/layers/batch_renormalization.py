@@ -154,8 +154,8 @@ class BatchRenormalization(BatchStatistics):
         missing_step = len(store) == last
         super().load_own_variables({**store, str(last): np.int32(0)} if missing_step else store)
 
-    def _corrector(self, kept: Moments) -> Corrector:
-        dtype = kept.pivot.dtype
+    def _corrector(self, dtype: str) -> Corrector:
+        kept = self._kept_moments(dtype)
         stddev_kept = self._stddev(kept.variance)
         limits = Limits(*(ops.cast(limit, dtype) for limit in self.limits()))
         count = self._spread_count(self.moving_count, dtype)
@@ -170,8 +170,8 @@ class BatchRenormalization(BatchStatistics):
         momentum = share = self._share(self.moving_count, self.momentum, batch, known)
         dtype = batch.pivot.dtype
         if self.moving_count is not None:
-            share = self._spread(share, dtype)
-        stddev_kept = self._stddev(self._kept_moments(dtype).variance)
+            share = ops.cast(share, dtype)
+        stddev_kept = self._stddev(ops.cast(self.moving_variance, dtype))
         stddev = moving_average(stddev_kept, self._stddev(self._variance_to_keep(batch)), share)
         variance = ops.relu(ops.square(stddev) - self.epsilon)
         self._move(self.moving_mean, batch.mean, momentum, known)

@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_bn import kernels
+from keras_bn.core import native
 from keras_bn.core.affine import compose, standardize
 from keras_bn.core.dtypes import statistics_dtype
 from keras_bn.core.estimators import Corrector, moving_average
@@ -56,17 +57,20 @@ class BatchStatistics(Normalization):
         """Return the normalized input; in training, update what is kept."""
         x, weights = self._prepared(inputs, mask)
         dtype = self._statistics_dtype(x)
-        kept = self._kept_moments(dtype)
         if not (training and self.trainable):
-            stored = compose(standardize(kept, self.epsilon), *self._learned(dtype))
-            return kernels.apply(x, stored, self.compute_dtype)
+            stored = standardize(self._kept_moments(dtype), self.epsilon)
+            return kernels.apply(x, compose(stored, *self._learned(dtype)), self.compute_dtype)
         axes = reduced_axes(len(x.shape), self._kept)
         ghosts, across = self._ghosts(x), self._across()
+        # A size that is not known, None, may be 0.
+        may_be_empty = weights is not None or not all(x.shape)
+        kept = self._kept_moments(dtype) if may_be_empty else None
         if ghosts is not None:
             y, batch = self._normalized_ghosts(x, ghosts, Pooling(axes, weights), kept)
             batch = batch if across is None else across(batch)
         else:
             y, batch = self._normalized_set(x, Pooling(axes, weights, across=across), kept)
+        batch = batch.reshaped(self._parameter_shape)
         self._update(batch, is_known(batch))
         return y
 
@@ -112,15 +116,16 @@ class BatchStatistics(Normalization):
         return None if is_whole else ghosts_of(x, size)
 
     def _normalized_set(
-        self, x: Tensor, pooling: Pooling, kept: Moments, view: Any = None
+        self, x: Tensor, pooling: Pooling, kept: Moments | None, view: Any = None
     ) -> tuple[Tensor, Moments]:
         """Return the corrected output and the moments of what is pooled."""
-        y, moments = self._normalized(x, pooling, view, correct=self._corrector(kept), kept=kept)
+        correct = self._corrector(self._statistics_dtype(x))
+        y, moments = self._normalized(x, pooling, view, correct=correct, kept=kept)
         self._warn_of_one_element(moments)
         return y, moments
 
     def _normalized_ghosts(
-        self, x: Tensor, ghosts: Ghosts, pooling: Pooling, kept: Moments
+        self, x: Tensor, ghosts: Ghosts, pooling: Pooling, kept: Moments | None
     ) -> tuple[Tensor, Moments]:
         """Return the output, each ghost normalized on its own, and the moments of all together."""
         axes, weights = pooling.axes, pooling.weights
@@ -148,7 +153,7 @@ class BatchStatistics(Normalization):
         weights = ops.broadcast_to(weights, (ghosts.samples, *ops.shape(weights)[1:]))
         return ghosts.split(x), Pooling((0,), ghosts.split(weights))
 
-    def _corrector(self, kept: Moments) -> Corrector | None:
+    def _corrector(self, dtype: str) -> Corrector | None:
         """Return what gives r and d, by which a training batch is corrected; None for 1 and 0.
 
         Variables are read here, not by what is returned, which is part of a differentiable step.
@@ -159,7 +164,7 @@ class BatchStatistics(Normalization):
         """Update what is kept.
 
         Args:
-            batch: The moments of the batch.
+            batch: The moments of the batch, in the shape of the statistics.
             known: For each, whether it may be kept: neither empty nor infinite nor NaN.
         """
         raise NotImplementedError
@@ -184,13 +189,13 @@ class BatchStatistics(Normalization):
         )
 
     def _kept_moments(self, dtype: str) -> Moments:
-        """Return the moving statistics as the moments of one element."""
+        """Return the moving statistics as the moments of one element, to go with the input."""
         mean, variance = (self._spread(v, dtype) for v in (self.moving_mean, self.moving_variance))
         # A copy: in PyTorch it would be a view, saved for the gradient, of what a later call moves.
         return Moments(1, ops.copy(mean), ops.zeros_like(mean), variance)
 
     def _stddev(self, variance: Tensor) -> Tensor:
-        return ops.sqrt(variance + self.epsilon)
+        return native.sqrt(variance + self.epsilon)
 
     def _spread_count(self, count: MovingCount | None, dtype: str) -> Tensor | None:
         return None if count is None else self._spread(count.count, dtype)
@@ -205,9 +210,7 @@ class BatchStatistics(Normalization):
         """Return the share of the old statistics in the new ones, and count the batch."""
         if count is None:
             return momentum
-        shape = count.count.shape
-        new = batch.count * ops.ones_like(batch.pivot)
-        return count.add(ops.reshape(new, shape), ops.reshape(known, shape))
+        return count.add(batch.count * ops.ones_like(batch.pivot), known)
 
     def _move(self, variable: Any, new: Tensor, momentum: Any, known: Tensor) -> None:
         """Move a kept statistic towards its new value, where that is known.
@@ -219,9 +222,8 @@ class BatchStatistics(Normalization):
             known: Whether the batch's moments may be kept.
         """
         old = ops.convert_to_tensor(variable)
-        new, known = ops.reshape(new, old.shape), ops.reshape(known, old.shape)
         moved = moving_average(old, ops.cast(new, old.dtype), momentum)
-        variable.assign(ops.where(known, moved, old))
+        variable.assign(native.where(known, moved, old))
 
     def _count_step(self, known: Tensor) -> None:
         """Count a training step, unless nothing of it was known."""

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_bn.core import native
 from keras_bn.core.estimators import counted_momentum, settled_count
 from keras_bn.layers.kept import kept_variable
 from keras_bn.types import Shape, Tensor
@@ -60,5 +61,5 @@ class MovingCount(keras.layers.Layer):
         old = ops.convert_to_tensor(self.count)
         new = ops.ones_like(old) if self.momentum is not None else ops.cast(new, old.dtype)
         total, momentum = counted_momentum(old, new, self.momentum)
-        self.count.assign(ops.where(known, total, old))
+        self.count.assign(native.where(known, total, old))
         return momentum

@@ -92,8 +92,8 @@ def test_second_derivative_is_that_of_the_whole_batch(found):
 # Communication.
 
 
-def test_a_step_gathers_once_forward_and_reduces_once_backward():
-    assert values("calls") == [[["all_gather"], ["all_reduce"]]] * 2
+def test_a_step_gathers_once_forward_and_once_backward():
+    assert values("calls") == [[["all_gather"], ["all_gather"]]] * 2
 
 
 def test_a_step_of_ghosts_gathers_once():

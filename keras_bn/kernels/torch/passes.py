@@ -13,6 +13,7 @@ import torch
 
 from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.dtypes import statistics_dtype
+from keras_bn.kernels.torch import columns
 from keras_bn.kernels.torch.sums import sum_over
 from keras_bn.types import Tensor
 
@@ -27,6 +28,11 @@ _FEW = 64
 def number(x: Tensor, axes: Axes) -> int:
     """Return the number of elements along the axes."""
     return math.prod([x.shape[axis] for axis in axes])  # a list: torch 2.13 traces no generator
+
+
+def near_moments(x: Tensor, axes: Axes) -> tuple[Tensor, Tensor] | None:
+    """Return mean and m2, where the means are near 0 and x is for such kernels; else None."""
+    return columns.near_moments(x, axes, _wide(x))
 
 
 def total(x: Tensor, weights: Tensor | None, axes: Axes) -> Tensor:
@@ -66,6 +72,10 @@ def products(
 ) -> list[Any]:
     """Return Σ gamma·dy, None where the center is, and Σ gamma·dy·(x - center)."""
     dtype = _wide(x)
+    if center is not None and gamma is None:
+        found = columns.products(x, dy, center, axes, dtype)
+        if found is not None:
+            return found
 
     def sums(part: Tensor, d: Tensor, origin: Tensor | None, factor: Any) -> tuple[Tensor, ...]:
         d = d if factor is None else d * factor
@@ -101,15 +111,22 @@ def mapped(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> T
             return torch.mul(z, gamma, out=out)
         return torch.add(z if gamma is None else z.mul_(gamma), beta, out=out)
 
-    return _made(line, getattr(torch, dtype), x, *affine, *learned)
+    center, scale, shift = affine
+    return _made(line, getattr(torch, dtype), x, _unless_zero(center), scale, shift, *learned)
 
 
 def _standard(x: Tensor, center: Any, scale: Tensor, shift: Any, out: Any = None) -> Tensor:
     """Return (x - center)·scale + shift."""
-    if center is not None:
-        return torch.addcmul(shift, x - center, scale, out=out)
-    z = torch.mul(x, scale, out=out)
-    return z if shift is None else z.add_(shift)
+    if shift is None:
+        return torch.mul(x, scale, out=out)
+    return torch.addcmul(shift, x if center is None else x - center, scale, out=out)
+
+
+def _unless_zero(center: Tensor | None) -> Tensor | None:
+    """Return None for 0, where that can be seen without waiting for a device."""
+    if center is None or torch.compiler.is_compiling() or center.device.type != "cpu":
+        return center
+    return center if center.any() else None
 
 
 def scaled(x: Tensor, scale: Tensor, dtype: str) -> Tensor:
@@ -133,11 +150,12 @@ def combined(
 
     def line(part: Any, d: Any, origin: Any, w: Any, g: Any, *terms: Any, out: Any) -> Tensor:
         a, b, c = terms
-        values = part * b if origin is None else torch.addcmul(c, part - origin, b)
+        part = part if origin is None else part - origin
+        values = part * b if c is None else torch.addcmul(c, part, b)
         values = weighted(values, w)
         return torch.addcmul(values, d if g is None else d * g, a, out=out)
 
-    return _made(line, x.dtype, x, dy, center, weights, gamma, *terms)
+    return _made(line, x.dtype, x, dy, _unless_zero(center), weights, gamma, *terms)
 
 
 def weighted(values: Tensor, weights: Tensor | None) -> Tensor:
@@ -173,8 +191,6 @@ def _cut(x: Tensor, axes: Axes = ()) -> tuple[int, int]:
 
     Sums over a few elements are nearly as large as what is summed: there each is made in one piece.
     """
-    if _is_whole(x):
-        return 0, x.shape[0]
     few = number(x, axes) <= _FEW
     able = [a for a in range(x.ndim) if x.shape[a] > 1 and not (few and a in axes)]
     axis = max(able or range(x.ndim), key=x.stride)
@@ -198,9 +214,9 @@ def _summed(
     sums: Callable[..., tuple[Tensor, ...]], axes: Axes, x: Tensor, *others: Any
 ) -> list[Tensor]:
     """Return what a function sums of x and others; of the pieces, added or side by side."""
-    axis, length = cut = _cut(x, axes)
-    if length >= x.shape[axis]:
+    if _is_whole(x):
         return list(sums(x, *others))
+    axis, _ = cut = _cut(x, axes)
     parts = [sums(*pieces) for pieces in _pieces(cut, x, *others)]
     joined = [torch.cat(values, axis) for values in zip(*parts, strict=True)]
     return [sum_over(part, (axis,), part.dtype) for part in joined] if axis in axes else joined

@@ -94,11 +94,15 @@ def _gradients(seen: _Seen, rows: Tensor, dy: Tensor, shape: Any, learned: Any) 
     dy = dy.to(rows.dtype)
     statistics = (seen.mean, seen.inverse)
     backward = torch.ops.aten.native_layer_norm_backward
-    dx, *_ = backward(dy, rows, shape, *statistics, *learned, [True, False, False])
+    gamma, beta = learned
+    if seen.mean.numel() <= _ROWS:
+        found = backward(dy, rows, shape, *statistics, gamma, beta, [True, True, beta is not None])
+        return [part for part in found if part is not None]
+    dx, *_ = backward(dy, rows, shape, *statistics, gamma, beta, [True, False, False])
     tensors = (part.flatten(0, -len(shape) - 1) for part in (dy, rows, *statistics))
     pieces = zip(*(part.split(_ROWS) for part in tensors), strict=True)
-    sums = [backward(d, x, shape, *s, *learned, [False, True, False])[1] for d, x, *s in pieces]
+    sums = [backward(d, x, shape, *s, gamma, beta, [False, True, False])[1] for d, x, *s in pieces]
     d_gamma = torch.stack(sums).sum(0, dtype=torch.float64).to(rows.dtype)
-    if learned[1] is None:
+    if beta is None:
         return [dx, d_gamma]
     return [dx, d_gamma, sum_over(dy, tuple(range(dy.ndim - len(shape))), rows.dtype)]

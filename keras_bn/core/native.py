@@ -1,0 +1,18 @@
+"""The backend's own functions, for what is as small as statistics.
+
+There `keras.ops` takes several times as long as the arithmetic: it looks for symbolic tensors,
+converts, and finds a common dtype (Keras 3.15, PyTorch: `where` 24 µs instead of 4). All arguments
+here are tensors of the backend, of one dtype, beside Python numbers.
+"""
+
+import importlib
+
+import keras
+from keras import ops
+
+_MODULES = {"tensorflow": "tensorflow", "jax": "jax.numpy", "torch": "torch"}
+_name = _MODULES.get(keras.backend.backend())
+_own = ops if _name is None else importlib.import_module(_name)
+
+where, sqrt, reshape = _own.where, _own.sqrt, _own.reshape
+isfinite = _own.math.is_finite if _name == "tensorflow" else _own.isfinite

@@ -1,0 +1,142 @@
+"""Sums along the outermost axes of memory by PyTorch's batch-norm kernels, kept right.
+
+Those kernels read a matrix once or twice and make nothing of its size, but add row by row (torch
+2.13: 100,000 equal terms are 2e-4 off). So they get few rows, of many columns: the rows are cut in
+blocks that lie side by side. What is of the blocks' size is then summed as everywhere.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+import torch
+
+from keras_bn.kernels.torch.sums import sum_over
+from keras_bn.types import Tensor
+
+Axes = tuple[int, ...]
+
+# Rows that a kernel adds one by one, and the fewest that make it worth while.
+_MOST, _FEWEST = 64, 8
+# Elements of a matrix below which Python takes longer than the sums.
+_SMALL = 1 << 14
+# Up to what κ·rows one pass is right: each row adds a rounding error of the size of the mean.
+_NEAR = 512.0
+
+
+class _Matrices(NamedTuple):
+    """A tensor as matrices: one, or one for each index of the axes outside of the summed ones.
+
+    Attributes:
+        order: The tensor's axes, outermost in memory first.
+        sums: Shape of the sums, in that order.
+        rows: Number of rows of a matrix.
+        cells: Shape of what there is for each column: matrix, block of rows, inner axes.
+        pooled: Which of those axes are summed over.
+    """
+
+    order: Axes
+    sums: tuple[int, ...]
+    rows: int
+    cells: tuple[int, ...]
+    pooled: Axes
+
+    @property
+    def together(self) -> int:
+        """How many cells belong to one sum."""
+        return prod(self.cells[axis] for axis in self.pooled)
+
+    def of(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """Return the matrices of a tensor of that shape; None where it lies otherwise in memory."""
+        dense = x.permute(self.order)
+        shape = (self.cells[0], self.rows, -1)
+        return dense.view(shape).unbind() if dense.is_contiguous() else None
+
+    def spread(self, sums: Tensor) -> Tensor:
+        """Give what belongs to a sum to each of its columns."""
+        ones = (1 if axis in self.pooled else size for axis, size in enumerate(self.cells))
+        return sums.permute(self.order).reshape(*ones).expand(self.cells).flatten(1)
+
+    def cells_of(self, results: Sequence[Tensor]) -> Tensor:
+        """Return what came of each matrix, in the shape of the cells."""
+        joined = results[0] if len(results) == 1 else torch.stack(results)
+        return joined.view(self.cells)
+
+    def total(self, cells: Tensor) -> Tensor:
+        """Sum over the cells that belong together, and keep the axes."""
+        return cells if self.together == 1 else sum_over(cells, self.pooled, cells.dtype)
+
+    def placed(self, sums: Tensor) -> Tensor:
+        """Put sums in the order of memory into the tensor's."""
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return sums.reshape(self.sums).permute(back)
+
+
+def _matrices(x: Tensor, axes: Axes) -> _Matrices | None:
+    """Return the view of a tensor; None where these kernels do not serve."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() < _SMALL:
+        return None
+    return _seen(tuple(x.shape), x.stride(), axes)
+
+
+@lru_cache(maxsize=1024)
+def _seen(shape: tuple[int, ...], strides: tuple[int, ...], axes: Axes) -> _Matrices | None:
+    """Return the view of a tensor of that shape and those strides."""
+    order = tuple(sorted(range(len(shape)), key=strides.__getitem__, reverse=True))
+    sizes = [shape[axis] for axis in order]
+    # Elsewhere than in a dense tensor two elements share a place, or there are gaps.
+    if any(strides[axis] != prod(sizes[i + 1 :]) for i, axis in enumerate(order) if sizes[i] > 1):
+        return None
+    sums = tuple(1 if axis in axes else shape[axis] for axis in order)
+    first = next((i for i, size in enumerate(sums) if size == 1), len(sums))
+    inner = next((i for i in range(first, len(sums)) if sums[i] != 1), len(sums))
+    number, height = prod(sizes[:first]), prod(sizes[first:inner])
+    lengths = range(min(_MOST, height), _FEWEST - 1, -1)
+    rows = next((rows for rows in lengths if height % rows == 0), None)
+    if rows is None or prod(sizes[first:]) < _SMALL:
+        return None
+    cells = (number, height // rows, *sizes[inner:])
+    pooled = (1, *(2 + i for i, size in enumerate(sums[inner:]) if size == 1))
+    return _Matrices(order, sums, rows, cells, pooled)
+
+
+def near_moments(x: Tensor, axes: Axes, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """Return mean and m2 of `x` over `axes`, where that is right in one pass; else None.
+
+    It is where all means are near 0, measured in standard deviations, as most are.
+    """
+    seen = _matrices(x, axes)
+    if seen is None:
+        return None
+    # Their dtype is that of the results, which otherwise is that of x.
+    unused = x.new_zeros(2, prod(seen.cells[1:]), dtype=dtype) if x.dtype != dtype else (None, None)
+    update = torch.batch_norm_update_stats
+    parts = [update(matrix, *unused, 0.0) for matrix in seen.of(x) or ()]
+    means, variances = map(seen.cells_of, zip(*parts, strict=True))
+    mean = seen.total(means) / seen.together
+    spread = seen.total(variances.add_((means - mean).square_()))
+    near = _NEAR / seen.rows * (spread / seen.together).sqrt()
+    if not (mean.abs() <= near).all():
+        return None
+    return seen.placed(mean), seen.placed(spread * seen.rows)
+
+
+def products(
+    x: Tensor, dy: Tensor, center: Tensor, axes: Axes, dtype: torch.dtype
+) -> list[Tensor] | None:
+    """Return Σ dy and Σ dy·(x - center); None where these kernels do not serve."""
+    seen = _matrices(x, axes)
+    gradients = None if seen is None or dy.dtype != x.dtype else seen.of(dy)
+    if seen is None or gradients is None:
+        return None
+    centers = seen.spread(center)
+    one = torch.ones_like(centers[0])
+    weight = None if x.dtype == dtype else one
+    backward = torch.ops.aten.native_batch_norm_backward
+    parts = [
+        backward(d, part, weight, c, one, None, None, False, 0.0, [False, True, True])[1:]
+        for d, part, c in zip(gradients, seen.of(x) or (), centers, strict=True)
+    ]
+    second, first = map(seen.cells_of, zip(*parts, strict=True))
+    return [seen.placed(seen.total(first)), seen.placed(seen.total(second))]
