@@ -4,11 +4,11 @@
 
 Two processes on this machine, a stack of 20 layers, forward and backward. SyncBatchNorm itself
 refuses tensors on the CPU (torch 2.13), so its scheme is stated again here: one all-gather of
-mean, reciprocal deviation and count forward, one all-reduce of the two sums backward. What is timed
-goes in turn, in one group; `ratio` is to the scheme, the median over the rounds. The scheme is timed
-as a bare module of torch.nn and as a Keras layer: every Keras layer takes its share of Python around
-its `call`. First, in one process, what `synchronized=True` costs where there is nothing to
-synchronize.
+mean, reciprocal deviation and count forward, one all-reduce of the two sums backward. What is
+timed goes in turn, in one group; `ratio` is to the scheme, the median over the rounds. The scheme
+is timed as a bare module of torch.nn and as a Keras layer: every Keras layer takes its share of
+Python around its `call`. First, in one process, what `synchronized=True` costs where there is
+nothing to synchronize.
 """
 
 import argparse

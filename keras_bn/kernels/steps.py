@@ -44,7 +44,8 @@ class Kernel:
 
     Args:
         passes: A module with sums (`number`, `total`, `squares`, `deviations`, `products`,
-            `mapped_products`, and `near_moments` where there is one) and maps (`mapped`, `scaled`, `combined`, `weighted`).
+            `mapped_products`, and `near_moments` where there is one) and maps (`mapped`, `scaled`,
+            `combined`, `weighted`).
         run: Gives the results of a step and its inputs, with the step's derivative.
     """
 

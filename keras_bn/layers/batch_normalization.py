@@ -190,22 +190,22 @@ class BatchNormalization(BatchStatistics):
             self._update_renorm(batch, known)
             return
         if self.momentum is None:
-            self._merge(batch, known)
+            self._merge(batch, known, self.moving_count)
             return
         momentum = self._share(self.moving_count, self.momentum, batch, known)
         self._move(self.moving_mean, batch.mean, momentum, known)
         self._move(self.moving_variance, self._variance_to_keep(batch), momentum, known)
 
-    def _merge(self, batch: Moments, known: Tensor) -> None:
+    def _merge(self, batch: Moments, known: Tensor, counter: Any) -> None:
         """Merge the batch with all that the moving statistics stand for."""
         dtype = batch.pivot.dtype
         kept = self._kept_moments(dtype).reshaped(self._parameter_shape)
-        count = ops.cast(self.moving_count.count, dtype)
+        count = ops.cast(counter.count, dtype)
         divisor = degrees_of_freedom(count) if self.unbiased else count
         whole = union(kept._replace(count=count, m2=kept.m2 * divisor), batch)
         self._move(self.moving_mean, whole.mean, 0.0, known)
         self._move(self.moving_variance, self._variance_to_keep(whole), 0.0, known)
-        self._share(self.moving_count, None, batch, known)
+        self._share(counter, None, batch, known)
 
     def _update_renorm(self, batch: Moments, known: Tensor) -> None:
         momentum = self._share(self.moving_count, self.momentum, batch, known)
