@@ -44,7 +44,7 @@ class Kernel:
 
     Args:
         passes: A module with sums (`number`, `total`, `squares`, `deviations`, `products`,
-            `mapped_products`, and `near_moments` where there is one) and maps (`mapped`, `scaled`,
+            `mapped_products`, and `moments` where there is one) and maps (`mapped`, `scaled`,
             `combined`, `weighted`).
         run: Gives the results of a step and its inputs, with the step's derivative.
     """
@@ -134,14 +134,14 @@ class _Forward(NamedTuple):
     def moments(self, x: Tensor, axes: Axes, weights: Tensor | None) -> Moments:
         """Two passes: the mean, and the deviations from it; one where the backend knows how."""
         passes = self.passes
-        is_able = weights is None and hasattr(passes, "near_moments")
-        near = passes.near_moments(x, axes) if is_able else None
-        if near is not None:
-            mean, m2 = near
-            return Moments(passes.number(x, axes), ops.zeros_like(mean), mean, m2)
         count = passes.number(x, axes) if weights is None else passes.total(weights, None, axes)
         divisor = positive(count)
-        pivot = settled(passes.total(x, weights, axes) / divisor)
+        is_able = weights is None and hasattr(passes, "moments")
+        found = passes.moments(x, axes) if is_able else None
+        mean, m2 = (passes.total(x, weights, axes) / divisor, None) if found is None else found
+        if m2 is not None:
+            return Moments(count, ops.zeros_like(mean), mean, m2)
+        pivot = settled(mean)
         first, second = passes.deviations(x, pivot, weights, axes)
         offset = first / divisor
         # The pivot is the rounded mean, so this subtracts next to nothing.

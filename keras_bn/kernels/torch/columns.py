@@ -18,11 +18,11 @@ from keras_bn.types import Tensor
 Axes = tuple[int, ...]
 
 # Rows that a kernel adds one by one, and the fewest that make it worth while.
-_MOST, _FEWEST = 64, 8
+_MOST, _FEWEST = 32, 8
 # Elements of a matrix below which Python takes longer than the sums.
 _SMALL = 1 << 14
-# Up to what κ·rows one pass is right: each row adds a rounding error of the size of the mean.
-_NEAR = 512.0
+# Up to what κ·rows one pass is right: each row may add a rounding error of the size of the mean.
+_NEAR = 64.0
 
 
 class _Matrices(NamedTuple):
@@ -54,9 +54,10 @@ class _Matrices(NamedTuple):
         return dense.view(shape).unbind() if dense.is_contiguous() else None
 
     def spread(self, sums: Tensor) -> Tensor:
-        """Give what belongs to a sum to each of its columns."""
+        """Give what belongs to a sum to each of its columns, a row for each matrix."""
         ones = (1 if axis in self.pooled else size for axis, size in enumerate(self.cells))
-        return sums.permute(self.order).reshape(*ones).expand(self.cells).flatten(1)
+        # The kernels read memory without regard to strides (torch 2.13).
+        return sums.permute(self.order).reshape(*ones).expand(self.cells).flatten(1).contiguous()
 
     def cells_of(self, results: Sequence[Tensor]) -> Tensor:
         """Return what came of each matrix, in the shape of the cells."""
@@ -101,10 +102,11 @@ def _seen(shape: tuple[int, ...], strides: tuple[int, ...], axes: Axes) -> _Matr
     return _Matrices(order, sums, rows, cells, pooled)
 
 
-def near_moments(x: Tensor, axes: Axes, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """Return mean and m2 of `x` over `axes`, where that is right in one pass; else None.
+def moments(x: Tensor, axes: Axes, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
+    """Return mean and m2 of `x` over `axes`; None where these kernels do not serve.
 
-    It is where all means are near 0, measured in standard deviations, as most are.
+    The m2 is None where a mean is so far from 0, in standard deviations, that it needs a pass more
+    to be right; the mean is then near enough to begin with.
     """
     seen = _matrices(x, axes)
     if seen is None:
@@ -117,9 +119,8 @@ def near_moments(x: Tensor, axes: Axes, dtype: torch.dtype) -> tuple[Tensor, Ten
     mean = seen.total(means) / seen.together
     spread = seen.total(variances.add_((means - mean).square_()))
     near = _NEAR / seen.rows * (spread / seen.together).sqrt()
-    if not (mean.abs() <= near).all():
-        return None
-    return seen.placed(mean), seen.placed(spread * seen.rows)
+    is_near = (mean.abs() <= near).all()
+    return seen.placed(mean), seen.placed(spread * seen.rows) if is_near else None
 
 
 def products(

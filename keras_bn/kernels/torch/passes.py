@@ -30,9 +30,9 @@ def number(x: Tensor, axes: Axes) -> int:
     return math.prod([x.shape[axis] for axis in axes])  # a list: torch 2.13 traces no generator
 
 
-def near_moments(x: Tensor, axes: Axes) -> tuple[Tensor, Tensor] | None:
-    """Return mean and m2, where the means are near 0 and x is for such kernels; else None."""
-    return columns.near_moments(x, axes, _wide(x))
+def moments(x: Tensor, axes: Axes) -> tuple[Tensor, Tensor | None] | None:
+    """Return the mean and, where one pass is enough for it, m2; None for neither."""
+    return columns.moments(x, axes, _wide(x))
 
 
 def total(x: Tensor, weights: Tensor | None, axes: Axes) -> Tensor:

@@ -1,0 +1,70 @@
+"""Batch and group statistics of what lies about 0, where a kernel may take them in one pass."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_bn
+from tests.kernels import hard
+from tests.oracle import expected, weights_by_name
+
+U = hard.unit_roundoff("float32")
+
+# The shape, and the layer.
+CASES = {
+    "table": ((64, 512), keras_bn.BatchNormalization),
+    "many rows": ((20_000, 8), keras_bn.BatchNormalization),
+    "images": ((16, 12, 12, 32), keras_bn.BatchNormalization),
+    "channels first": ((16, 32, 12, 12), lambda: keras_bn.BatchNormalization(axis=1)),
+    "ghosts": ((64, 512), lambda: keras_bn.BatchNormalization(virtual_batch_size=8)),
+    "instances": ((4, 32, 32, 24), keras_bn.InstanceNormalization),
+}
+# Signs have equal squares: their rounding errors add up.
+DRAWS = {
+    "normal": lambda rng, shape: rng.standard_normal(shape),
+    "signs": lambda rng, shape: np.sign(rng.standard_normal(shape)),
+}
+# κ: on both sides of where one pass stops to be enough, and one channel far from the others.
+MEANS = {"0": 0.0, "1": 1.0, "2": 1.99, "3": 3.0, "10": 10.0, "one": "one"}
+
+
+def drawn(draw, mean, shape, axis):
+    rng = np.random.default_rng(0)
+    x = 0.7 * DRAWS[draw](rng, shape)
+    if mean == "one":
+        x[(slice(None),) * axis + (0,)] += 1e3
+    else:
+        x += 0.7 * mean
+    dy = rng.standard_normal(shape) + 0.2
+    return x.astype("float32"), dy.astype("float32")
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("mean", MEANS)
+@pytest.mark.parametrize("draw", DRAWS)
+def test_one_pass_is_taken_only_where_it_is_right(case, mean, draw, run):
+    shape, make = CASES[case]
+    axis = 1 if case == "channels first" else len(shape) - 1
+    x, dy = drawn(draw, MEANS[mean], shape, axis)
+    layer = make()
+    layer.build(shape)
+    wanted = expected(layer, weights_by_name(layer), x, dy, training=True)
+    found = run(layer, x, dy, **({} if case == "instances" else {"training": True}))
+    kappa = 1e3 if mean == "one" else 1 + MEANS[mean]
+    assert hard.share(found.y - wanted.y, 8 * U * (kappa + np.abs(wanted.y))) <= 1
+    assert hard.share(found.dx - wanted.dx, 32 * U * (1 + np.abs(wanted.dx) + kappa)) <= 1
+    for name, gradient in wanted.gradients.items():
+        terms = np.abs(dy).sum(tuple(a for a in range(dy.ndim) if a != axis))
+        assert hard.share(found.gradients[name] - gradient, 8 * U * kappa * terms) <= 1
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("mean", [m for m in MEANS if m != "one"])
+def test_variance_about_0_is_within_the_contract(mean, draw, run):
+    x, dy = drawn(draw, MEANS[mean], (64, 512), 1)
+    layer = keras_bn.BatchNormalization(momentum=0.0)
+    layer.build(x.shape)
+    run(layer, x, dy, training=True)
+    exact = x.var(0, dtype="float64")
+    found = keras.ops.convert_to_numpy(layer.moving_variance).astype("float64")
+    assert hard.share(found - exact, 8 * U * exact) <= 1
