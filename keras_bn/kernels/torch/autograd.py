@@ -16,14 +16,15 @@ def run(step: Step, *inputs: Tensor) -> tuple[Tensor, ...]:
     Of the inputs' size, only the inputs are saved. Under `torch.func` and in forward mode it is
     the plain step, which goes through everything.
     """
-    if not torch.compiler.is_compiling() and _is_transformed(inputs):
+    if not torch.compiler.is_compiling() and is_transformed(*inputs):
         outputs, others = step.plain(inputs, None)
         return (*outputs, *others)
     results: tuple[Tensor, ...] = _Differentiable.apply(step, *inputs)
     return results
 
 
-def _is_transformed(inputs: tuple[Tensor, ...]) -> bool:
+def is_transformed(*inputs: Tensor) -> bool:
+    """Say whether `torch.func` is at work, or forward mode on one of the inputs."""
     duals = (forward_ad.unpack_dual(part).tangent is not None for part in inputs)
     return _functorch.peek_interpreter_stack() is not None or any(duals)
 

@@ -14,7 +14,7 @@ from keras_bn.core.pooling import Pooling
 from keras_bn.kernels import generic
 from keras_bn.kernels.normalization import Plan, normalize
 from keras_bn.kernels.steps import Step
-from keras_bn.kernels.torch.autograd import run
+from keras_bn.kernels.torch.autograd import is_transformed, run
 from keras_bn.kernels.torch.sums import sum_over
 from keras_bn.types import Tensor
 
@@ -22,8 +22,8 @@ Axes = tuple[int, ...]
 
 # κ up to which the kernel's own statistics are within the contract.
 _NEAR = 2.0
-# Rows that the kernel adds one by one.
-_ROWS = 1024
+# Rows that the kernel adds one by one for gamma, whose terms differ, and for beta, whose may not.
+_ROWS, _FEW_ROWS = 1024, 32
 
 
 class _Seen(NamedTuple):
@@ -50,8 +50,13 @@ def normalize_rows(
     """Return y, as `keras_bn.kernels.normalize_rows`; None for what is not rows of memory."""
     if not _are_rows(x, axes) or learned.gamma is None:
         return None
-    plan = Plan(Pooling(axes), epsilon, dtype, lambda _: None)
     shape = x.shape[axes[0] :]
+    if x.numel() <= _FEW_ROWS * shape.numel() and not is_transformed(x, *learned.given):
+        native = [None if part is None else part.reshape(shape) for part in learned]
+        y, mean, inverse = torch.native_layer_norm(x, shape, *native, epsilon)
+        if _are_near(mean, inverse):
+            return y.to(getattr(torch, dtype))  # so few rows have right gradients, too
+    plan = Plan(Pooling(axes), epsilon, dtype, lambda _: None)
 
     def flat(given: Any) -> list[Tensor | None]:
         return [None if part is None else part.reshape(shape) for part in learned.filled(given)]
@@ -80,10 +85,15 @@ def _are_rows(x: Tensor, axes: Axes) -> bool:
     return last and x.is_contiguous() and x.dtype in (torch.float32, torch.float64)
 
 
+def _are_near(mean: Tensor, inverse: Tensor) -> bool:
+    """Say whether rows are so near to 0 that the kernel's statistics are right."""
+    return bool((mean.abs() * inverse).max() <= _NEAR)
+
+
 def _standardized(x: Tensor, shape: Any, learned: Any, epsilon: float) -> tuple[Tensor, _Seen]:
     """Return gamma·(x - mean)/√(variance + epsilon) + beta and what the kernel made of the rows."""
     y, mean, inverse = torch.native_layer_norm(x, shape, *learned, epsilon)
-    if (mean.abs() * inverse).max() <= _NEAR:
+    if _are_near(mean, inverse):
         return y, _Seen(None, mean, inverse)
     y, rest, inverse = torch.native_layer_norm(x - mean, shape, *learned, epsilon)
     return y, _Seen(mean, rest, inverse)
@@ -95,9 +105,6 @@ def _gradients(seen: _Seen, rows: Tensor, dy: Tensor, shape: Any, learned: Any) 
     statistics = (seen.mean, seen.inverse)
     backward = torch.ops.aten.native_layer_norm_backward
     gamma, beta = learned
-    if seen.mean.numel() <= _ROWS:
-        found = backward(dy, rows, shape, *statistics, gamma, beta, [True, True, beta is not None])
-        return [part for part in found if part is not None]
     dx, *_ = backward(dy, rows, shape, *statistics, gamma, beta, [True, False, False])
     tensors = (part.flatten(0, -len(shape) - 1) for part in (dy, rows, *statistics))
     pieces = zip(*(part.split(_ROWS) for part in tensors), strict=True)
