@@ -26,6 +26,8 @@ DRAWS = {
 }
 # κ: on both sides of where one pass stops to be enough, and one channel far from the others.
 MEANS = {"0": 0.0, "1": 1.0, "2": 1.99, "3": 3.0, "10": 10.0, "one": "one"}
+if keras.backend.backend() != "torch":
+    MEANS = {"2": 1.99, "one": "one"}  # there nothing depends on it
 
 
 def drawn(draw, mean, shape, axis):
@@ -51,11 +53,11 @@ def test_one_pass_is_taken_only_where_it_is_right(case, mean, draw, run):
     wanted = expected(layer, weights_by_name(layer), x, dy, training=True)
     found = run(layer, x, dy, **({} if case == "instances" else {"training": True}))
     kappa = 1e3 if mean == "one" else 1 + MEANS[mean]
-    assert hard.share(found.y - wanted.y, 8 * U * (kappa + np.abs(wanted.y))) <= 1
-    assert hard.share(found.dx - wanted.dx, 32 * U * (1 + np.abs(wanted.dx) + kappa)) <= 1
+    assert hard.share(found.y - wanted.y, 8 * U * (1 + np.abs(wanted.y) + 8 * kappa * U)) <= 1
+    assert hard.share(found.dx - wanted.dx, 32 * U * (1 + np.abs(wanted.dx))) <= 1
     for name, gradient in wanted.gradients.items():
         terms = np.abs(dy).sum(tuple(a for a in range(dy.ndim) if a != axis))
-        assert hard.share(found.gradients[name] - gradient, 8 * U * kappa * terms) <= 1
+        assert hard.share(found.gradients[name] - gradient, 16 * U * terms) <= 1
 
 
 @pytest.mark.parametrize("draw", DRAWS)

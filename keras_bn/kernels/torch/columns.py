@@ -21,8 +21,8 @@ Axes = tuple[int, ...]
 _MOST, _FEWEST = 32, 8
 # Elements of a matrix below which Python takes longer than the sums.
 _SMALL = 1 << 14
-# Up to what κ·rows one pass is right: each row may add a rounding error of the size of the mean.
-_NEAR = 64.0
+# κ up to which one pass is right: each row may add a rounding error of the size of the mean.
+_NEAR = 2.0
 
 
 class _Matrices(NamedTuple):
@@ -118,8 +118,7 @@ def moments(x: Tensor, axes: Axes, dtype: torch.dtype) -> tuple[Tensor, Tensor |
     means, variances = map(seen.cells_of, zip(*parts, strict=True))
     mean = seen.total(means) / seen.together
     spread = seen.total(variances.add_((means - mean).square_()))
-    near = _NEAR / seen.rows * (spread / seen.together).sqrt()
-    is_near = (mean.abs() <= near).all()
+    is_near = (mean.abs() <= _NEAR * (spread / seen.together).sqrt()).all()
     return seen.placed(mean), seen.placed(spread * seen.rows) if is_near else None
 
 
