@@ -40,6 +40,23 @@ def test_rows_are_right_however_far_from_0(mean, kind, run):
     assert hard.share(found.dx - wanted.dx, 64 * U * (1 + np.abs(wanted.dx) + kappa)) <= 1
 
 
+@pytest.mark.parametrize("mean", [0.5, 50.0], ids=["near 0", "far"])
+@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rows_of_half_precision_are_rounded_once(mean, dtype, repeats, run):
+    x, dy = (keras.ops.cast(keras.ops.convert_to_tensor(part), dtype) for part in drawn(mean))
+    x, dy = (keras.ops.concatenate([part] * repeats) for part in (x, dy))
+    layer = built(dtype=f"mixed_{dtype}")
+    exact = [np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(p, "float32"))) for p in (x, dy)]
+    wanted = expected(layer, weights_by_name(layer), *exact, training=True)
+    found = run(layer, x, dy)
+    ulp = 2 * hard.unit_roundoff(dtype)
+    assert hard.share(found.y - wanted.y, 0.51 * ulp * np.abs(wanted.y) + 1e-5) <= 1
+    assert hard.share(found.dx - wanted.dx, 2 * ulp * (1 + np.abs(wanted.dx))) <= 1
+    for name, gradient in wanted.gradients.items():
+        assert hard.share(found.gradients[name] - gradient, 1e-5 * np.abs(exact[1]).sum(0)) <= 1
+
+
 @pytest.mark.parametrize("mean", [1e2, 1e4], ids=str)
 def test_standard_deviation_of_rows_is_within_the_contract(mean, run):
     x, _ = drawn(mean, 1024)

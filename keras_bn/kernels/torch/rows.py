@@ -5,6 +5,7 @@ PyTorch's kernel loses the digits of rows far from 0 (torch 2.13: the variance i
 far from 0, which most data lacks, are centered first, and those sums go in blocks.
 """
 
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -39,19 +40,16 @@ class _Seen(NamedTuple):
     mean: Tensor
     inverse: Tensor
 
-    def rows(self, x: Tensor) -> Tensor:
-        """Return x as the kernel saw it."""
-        return x if self.center is None else x - self.center
-
 
 def normalize_rows(
     x: Tensor, axes: Axes, learned: Learned, epsilon: float, dtype: str
 ) -> Tensor | None:
     """Return y, as `keras_bn.kernels.normalize_rows`; None for what is not rows of memory."""
-    if not _are_rows(x, axes) or learned.gamma is None:
+    if not _are_rows(x, axes, dtype) or learned.gamma is None:
         return None
     shape = x.shape[axes[0] :]
-    if x.numel() <= _FEW_ROWS * shape.numel() and not is_transformed(x, *learned.given):
+    is_few = x.numel() <= _FEW_ROWS * shape.numel() and x.dtype == learned.gamma.dtype
+    if is_few and not is_transformed(x, *learned.given):
         native = [None if part is None else part.reshape(shape) for part in learned]
         y, mean, inverse = torch.native_layer_norm(x, shape, *native, epsilon)
         if _are_near(mean, inverse):
@@ -67,7 +65,7 @@ def normalize_rows(
 
     def backward(inputs: Any, seen: _Seen, grads: Any) -> Any:
         (x, *given), (dy,) = inputs, grads
-        found = _gradients(seen, seen.rows(x), dy, shape, flat(given))
+        found = _gradients(seen, x, dy, shape, flat(given))
         return found[0], *(d.reshape(part.shape) for d, part in zip(found[1:], given, strict=True))
 
     def plain(inputs: Any, _: Any) -> Any:
@@ -77,12 +75,14 @@ def normalize_rows(
     return y
 
 
-def _are_rows(x: Tensor, axes: Axes) -> bool:
+def _are_rows(x: Tensor, axes: Axes, dtype: str) -> bool:
     """Say whether the axes are the last ones, in memory too, of a tensor that the kernel takes."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or not x.numel():
         return False
     last = axes == tuple(range(x.ndim - len(axes), x.ndim))
-    return last and x.is_contiguous() and x.dtype in (torch.float32, torch.float64)
+    # The kernel rounds its result to the dtype of x.
+    is_kept = x.dtype in (torch.float32, torch.float64) or x.dtype == getattr(torch, dtype)
+    return last and x.is_contiguous() and is_kept
 
 
 def _are_near(mean: Tensor, inverse: Tensor) -> bool:
@@ -95,21 +95,42 @@ def _standardized(x: Tensor, shape: Any, learned: Any, epsilon: float) -> tuple[
     y, mean, inverse = torch.native_layer_norm(x, shape, *learned, epsilon)
     if _are_near(mean, inverse):
         return y, _Seen(None, mean, inverse)
-    y, rest, inverse = torch.native_layer_norm(x - mean, shape, *learned, epsilon)
-    return y, _Seen(mean, rest, inverse)
+    found = []
+    for rows, center in zip(_pieces(x, shape), _pieces(mean, shape), strict=True):
+        z, *statistics = torch.native_layer_norm(rows - center, shape, *learned, epsilon)
+        found.append((z.to(x.dtype), *statistics))
+    y, *seen = (torch.cat(part) for part in zip(*found, strict=True))
+    return y.view(x.shape), _Seen(mean, *(part.view(mean.shape) for part in seen))
 
 
-def _gradients(seen: _Seen, rows: Tensor, dy: Tensor, shape: Any, learned: Any) -> list[Tensor]:
+def _gradients(seen: _Seen, x: Tensor, dy: Tensor, shape: Any, learned: Any) -> list[Tensor]:
     """Return the gradients of x, gamma and, where it is given, beta."""
-    dy = dy.to(rows.dtype)
-    statistics = (seen.mean, seen.inverse)
-    backward = torch.ops.aten.native_layer_norm_backward
     gamma, beta = learned
-    dx, *_ = backward(dy, rows, shape, *statistics, gamma, beta, [True, False, False])
-    tensors = (part.flatten(0, -len(shape) - 1) for part in (dy, rows, *statistics))
-    pieces = zip(*(part.split(_ROWS) for part in tensors), strict=True)
-    sums = [backward(d, x, shape, *s, gamma, beta, [False, True, False])[1] for d, x, *s in pieces]
-    d_gamma = torch.stack(sums).sum(0, dtype=torch.float64).to(rows.dtype)
-    if beta is None:
-        return [dx, d_gamma]
-    return [dx, d_gamma, sum_over(dy, tuple(range(dy.ndim - len(shape))), rows.dtype)]
+    is_near = seen.center is None
+
+    def of(d: Tensor, rows: Tensor, seen: _Seen, wanted: list[bool]) -> Any:
+        rows = rows if seen.center is None else rows - seen.center
+        backward = torch.ops.aten.native_layer_norm_backward
+        return backward(d.to(rows.dtype), rows, shape, *seen[1:], gamma, beta, [*wanted, False])
+
+    statistics = (repeat(None) if part is None else _pieces(part, shape) for part in seen)
+    pieces = zip(_pieces(dy, shape), _pieces(x, shape), *statistics, strict=False)
+    # Wide, because the kernel would round gamma's gradient to half precision (torch 2.13).
+    found = [
+        of(d, rows.to(gamma.dtype), _Seen(*part), [not is_near, True]) for d, rows, *part in pieces
+    ]
+    if is_near:
+        dx = of(dy, x, seen, [True, False])[0]
+    else:
+        dx = torch.cat([part.to(x.dtype) for part, *_ in found]).view(x.shape)
+    d_gamma = torch.stack([part for _, part, _ in found]).sum(0, dtype=torch.float64)
+    gradients: list[Tensor] = [dx, d_gamma.to(gamma.dtype)]
+    if beta is not None:
+        gradients.append(sum_over(dy, tuple(range(dy.ndim - len(shape))), gamma.dtype))
+    return gradients
+
+
+def _pieces(x: Tensor, shape: Any) -> tuple[Tensor, ...]:
+    """Return pieces of some rows each."""
+    pieces: tuple[Tensor, ...] = x.flatten(0, -len(shape) - 1).split(_ROWS)
+    return pieces
