@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_bn import kernels
 from keras_bn.core import native
-from keras_bn.core.affine import compose, standardize
+from keras_bn.core.affine import Affine, compose
 from keras_bn.core.dtypes import statistics_dtype
 from keras_bn.core.estimators import Corrector, moving_average
 from keras_bn.core.moments import Moments, is_known, is_static, merge
@@ -58,8 +58,7 @@ class BatchStatistics(Normalization):
         x, weights = self._prepared(inputs, mask)
         dtype = self._statistics_dtype(x)
         if not (training and self.trainable):
-            stored = standardize(self._kept_moments(dtype), self.epsilon)
-            return kernels.apply(x, compose(stored, *self._learned(dtype)), self.compute_dtype)
+            return kernels.apply(x, self._stored(dtype), self.compute_dtype)
         axes = reduced_axes(len(x.shape), self._kept)
         ghosts, across = self._ghosts(x), self._across()
         # A size that is not known, None, may be 0.
@@ -188,11 +187,18 @@ class BatchStatistics(Normalization):
             self, name, shape, initializer, dtype, None if self.synchronized else aggregation
         )
 
+    def _stored(self, dtype: str) -> Affine:
+        """Return the map of inference."""
+        mean, variance = (self._spread(v, dtype) for v in (self.moving_mean, self.moving_variance))
+        # A copy: in PyTorch it would be a view, saved for the gradient, of what a later call moves.
+        affine = Affine(ops.copy(mean), 1.0 / self._stddev(variance), None)
+        center, scale, shift = compose(affine, *self._learned(dtype))
+        return Affine(center, scale, ops.zeros_like(scale) if shift is None else shift)
+
     def _kept_moments(self, dtype: str) -> Moments:
         """Return the moving statistics as the moments of one element, to go with the input."""
         mean, variance = (self._spread(v, dtype) for v in (self.moving_mean, self.moving_variance))
-        # A copy: in PyTorch it would be a view, saved for the gradient, of what a later call moves.
-        return Moments(1, ops.copy(mean), ops.zeros_like(mean), variance)
+        return Moments(1, ops.copy(mean), ops.zeros_like(mean), variance)  # copied as above
 
     def _stddev(self, variance: Tensor) -> Tensor:
         return native.sqrt(variance + self.epsilon)

@@ -5,6 +5,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_bn.kernels.steps import Step
+from keras_bn.kernels.tensorflow.tracing import is_for_values_alone
 from keras_bn.types import Tensor
 
 
@@ -13,6 +14,9 @@ def run(step: Step, *inputs: Tensor) -> tuple[Tensor, ...]:
 
     Of the inputs' size, only the inputs are kept.
     """
+    if is_for_values_alone():  # a custom gradient takes longer than a small step
+        outputs, others, _ = step.forward(*inputs)
+        return (*outputs, *others)
     # Not through the custom gradient: TensorFlow 2.21 joins all its outputs in one IdentityN, and
     # its optimizer then drops edges that order reading a variable before its update.
     further: list[Tensor] = []
@@ -34,6 +38,8 @@ def run(step: Step, *inputs: Tensor) -> tuple[Tensor, ...]:
 
 def _gradient(step: Step, constants: Any, inputs: Any, grads: Any) -> tuple[Tensor, ...]:
     """Return the gradients of the inputs, themselves differentiable, through the plain step."""
+    if is_for_values_alone():
+        return step.backward(inputs, constants, grads)
 
     @tf.custom_gradient
     def backward(*given: Tensor) -> Any:

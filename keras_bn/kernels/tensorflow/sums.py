@@ -75,6 +75,9 @@ class _View(NamedTuple):
 
 def _in_blocks(add: Add, x: Tensor, axes: Axes) -> Tensor:
     """Sum what `add` gives of each block."""
+    sizes = [x.shape[axis] for axis in axes]
+    if None not in sizes and math.prod(sizes) <= _BLOCK:
+        return add(x, axes)
     view = _joined(x, axes)
     sums = _blocks(add, view)
     # XLA would merge the two sums where both are in float64.
@@ -95,8 +98,11 @@ def _with_second_use(sums: Tensor, total: Tensor, axes: Axes) -> Tensor:
 
 def _sizes(x: Tensor) -> list[Any]:
     """Return the sizes of x: numbers where they are known."""
-    dynamic = tf.shape(x)
-    return [dynamic[axis] if n is None else n for axis, n in enumerate(x.shape)]
+    sizes = list(x.shape)
+    if None in sizes:
+        dynamic = tf.shape(x)
+        return [dynamic[axis] if n is None else n for axis, n in enumerate(sizes)]
+    return sizes
 
 
 def _joined(x: Tensor, axes: Axes) -> _View:

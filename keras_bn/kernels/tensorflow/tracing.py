@@ -13,3 +13,8 @@ def is_for_xla() -> bool:
 def is_for_gradients() -> bool:
     """Say whether a tape may be recording: then the graph is not one that somebody exports."""
     return bool(record.could_possibly_record())
+
+
+def is_for_values_alone() -> bool:
+    """Say whether no derivative can be asked for later: eager, without a tape."""
+    return bool(tf.executing_eagerly()) and not is_for_gradients()
