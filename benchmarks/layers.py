@@ -12,7 +12,8 @@ read x twice before y (the statistics need all of it) and dy and x twice before 
 the others may be kept in the cache. `saved` is what PyTorch keeps for the backward pass, over the
 input's bytes. BN: BatchNormalization, BRN: BatchRenormalization beside Keras' `renorm=True`,
 GN: GroupNormalization(32), IN: InstanceNormalization beside GroupNormalization(-1), LN and RMS over
-the last axis; `ghost` is BatchNormalization in ghosts of 8, beside ours without. `make bench` has
+the last axis; `ghost` is BatchNormalization in ghosts of 8 and `masked` with one sample of four
+masked out, both beside ours without. `make bench` has
 the C library keep freed memory: otherwise page faults are most of what is measured.
 """
 
@@ -44,6 +45,21 @@ SHAPES = {
     "small": ((32, 16), -1),
 }
 
+
+class Masked(keras_bn.BatchNormalization):
+    """Batch normalization with every fourth sample masked out."""
+
+    def build(self, input_shape: tuple[int, ...]) -> None:
+        """Make the mask, too."""
+        super().build(input_shape)
+        self._counted = np.ones(input_shape[:-1], "bool")
+        self._counted[::4] = False
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        """Normalize under the mask."""
+        return super().call(inputs, training, keras.ops.convert_to_tensor(self._counted))
+
+
 LAYERS: dict[str, tuple[Callable, Callable]] = {
     "BN": (keras_bn.BatchNormalization, keras.layers.BatchNormalization),
     "BRN": (
@@ -63,10 +79,13 @@ LAYERS: dict[str, tuple[Callable, Callable]] = {
         lambda **options: keras_bn.BatchNormalization(virtual_batch_size=8, **options),
         keras_bn.BatchNormalization,
     ),
+    "masked": (Masked, keras_bn.BatchNormalization),
 }
 
+# What is timed beside our own layer without it.
+OPTIONAL = ("ghost", "masked")
 # How often the bytes of x must move, in training and in inference.
-BATCH = ("BN", "BRN", "ghost")
+BATCH = ("BN", "BRN", *OPTIONAL)
 PASSES = {name: (8 if name in BATCH else 5, 2) for name in LAYERS}
 
 
@@ -128,8 +147,10 @@ def makes_sense(case: Case) -> bool:
         return False  # one element each
     if case.layer in ("LN", "RMS") and "first" in case.shape:
         return False  # Keras normalizes last axes only
-    if case.layer == "ghost" and not case.training:
+    if case.layer in OPTIONAL and not case.training:
         return False  # the same code
+    if case.layer == "masked" and ("first" in case.shape or case.dtype != "float32"):
+        return False  # enough to say what a mask costs
     if case.shape == "small":
         return (
             case.mode in ("eager", "graph")
@@ -205,7 +226,7 @@ def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
                     ]
                     cells.append(f"{geometric_mean(values):.2f}" if values else "-")
                 lines.append((rival, *cells))
-            beside_keras = [r for r in chosen if r["layer"] != "ghost"]
+            beside_keras = [r for r in chosen if r["layer"] not in OPTIONAL]
             if beside_keras:
                 worst = min(beside_keras, key=lambda r: r["x keras"])
                 yield f"\n{mode}, {dtype}: geometric mean over {', '.join(main_shapes)}, training"

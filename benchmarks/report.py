@@ -14,7 +14,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from layers import LAYERS, SHAPES
+from layers import LAYERS, OPTIONAL, SHAPES
 from measuring import geometric_mean, replace, table
 
 matplotlib.use("Agg")
@@ -22,7 +22,7 @@ from matplotlib import pyplot as plt
 
 DOCS = Path(__file__).parents[1] / "docs"
 BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
-SHOWN = [name for name in LAYERS if name != "ghost"]
+SHOWN = [name for name in LAYERS if name not in OPTIONAL]
 USES = {
     "training, float32": (True, "float32"),
     "training, bfloat16": (True, "bfloat16"),
@@ -40,7 +40,7 @@ def main() -> None:
     found = [json.loads(path.read_text()) for path in parser.parse_args().files]
     rows = [row for one in found for row in one["rows"]]
     engines = list(dict.fromkeys((row["backend"], row["mode"]) for row in rows))
-    headings = "; ".join(one["heading"].removeprefix("### ") for one in found)
+    headings = "; ".join(dict.fromkeys(one["heading"].removeprefix("### ") for one in found))
     parts = [
         f"{headings}.",
         *(beside_keras(rows, engines, use) for use in USES),
@@ -54,7 +54,7 @@ def beside_keras(rows: Rows, engines: list[tuple[str, str]], use: str) -> str:
     """Return the table of one use: times Keras, and the slowest row."""
     lines = [(f"{use}, times Keras", *SHOWN, "slowest row")]
     for engine in engines:
-        chosen = [row for row in of(rows, engine, use) if row["layer"] != "ghost"]
+        chosen = [row for row in of(rows, engine, use) if row["layer"] not in OPTIONAL]
         if chosen:
             worst = min(chosen, key=lambda row: row["x keras"])
             cells = [mean_of(chosen, layer, lambda row: row["x keras"]) for layer in SHOWN]
@@ -69,9 +69,9 @@ def rest(rows: Rows, engines: list[tuple[str, str]]) -> str:
     figures: dict[str, tuple[str, Callable[[dict[str, Any]], float | None]]] = {
         "times native": ("float32", lambda row: row.get("x native")),
         "times as long as the streaming limit": ("float32", lambda row: row["limit"]),
-        "ghosts of 8, times as long as without": (
+        "times as long as without ghosts of 8, without a mask": (
             "float32",
-            lambda row: 1 / row["x keras"] if row["layer"] == "ghost" else None,
+            lambda row: 1 / row["x keras"] if row["layer"] in OPTIONAL else None,
         ),
         "saved for backward, times the input": ("float32", lambda row: row.get("saved ours")),
         "the same, bfloat16": ("bfloat16", lambda row: row.get("saved ours")),
