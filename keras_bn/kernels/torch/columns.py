@@ -99,7 +99,9 @@ def _seen(shape: tuple[int, ...], strides: tuple[int, ...], axes: Axes) -> _Matr
         return None
     cells = (number, height // rows, *sizes[inner:])
     pooled = (1, *(2 + i for i, size in enumerate(sums[inner:]) if size == 1))
-    return _Matrices(order, sums, rows, cells, pooled)
+    found = _Matrices(order, sums, rows, cells, pooled)
+    # Of many sets of a few elements, some are far from 0.
+    return None if found.together == 1 and rows < 2 * _FEWEST else found
 
 
 def moments(x: Tensor, axes: Axes, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
