@@ -49,8 +49,8 @@ class Moments(NamedTuple):
 
     def reshaped(self, shape: Shape) -> "Moments":
         """Return the moments in another shape."""
-        parts = (part if is_static(part) else native.reshape(part, shape) for part in self)
-        return Moments(*parts)
+        full = self if is_static(self.count) else _counted(self)  # one count may stand for all
+        return Moments(*(part if is_static(part) else native.reshape(part, shape) for part in full))
 
     @property
     def unbiased_variance(self) -> Tensor:

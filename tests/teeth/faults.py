@@ -54,8 +54,8 @@ UNMASKED_GRADIENT = {
 CENTER_LATE = {
     "tensorflow": (
         PASSES,
-        "_plus((y if affine.center is None else y - affine.center) * affine.scale, affine.shift)",
-        "y * affine.scale + (affine.shift - affine.center * affine.scale)",
+        "offset=shift,\n        mean=center,",
+        "offset=shift - center * scale,\n        mean=tf.zeros_like(center),",
     ),
     "jax": (
         JAX,

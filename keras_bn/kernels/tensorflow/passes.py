@@ -8,6 +8,7 @@ import tensorflow as tf
 from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.dtypes import statistics_dtype
 from keras_bn.kernels.tensorflow.sums import made_and_summed, squares_over, sum_over
+from keras_bn.kernels.tensorflow.tracing import is_for_xla
 from keras_bn.types import Tensor
 
 Axes = tuple[int, ...]
@@ -62,9 +63,39 @@ def mapped_products(x: Tensor, dy: Tensor, affine: Affine, axes: Axes) -> tuple[
 
 def mapped(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> Tensor:
     """Return ((x - center)·scale + shift)·gamma + beta."""
+    if learned.is_nothing and _is_by_channel(x, affine, dtype):
+        return _by_channel(x, affine)
     y = tf.cast(x, affine.scale.dtype)
     y = _plus((y if affine.center is None else y - affine.center) * affine.scale, affine.shift)
     return tf.cast(_plus(_times(y, learned.gamma), learned.beta), dtype)
+
+
+def _is_by_channel(x: Tensor, affine: Affine, dtype: str) -> bool:
+    """Say whether a map is one for each element of the last axis, and there is an operation."""
+    # XLA makes one pass of several operations itself, and would spoil this one: it turns
+    # (x - center)·scale into x·scale - center·scale.
+    if is_for_xla() or affine.center is None or affine.scale.dtype != tf.float32:
+        return False
+    shape = [1] * (len(x.shape) - 1) + [x.shape[-1]]
+    is_known = x.dtype.name == dtype and x.shape[-1] is not None
+    return is_known and all(part is not None and part.shape == shape for part in affine)
+
+
+def _by_channel(x: Tensor, affine: Affine) -> Tensor:
+    """Return (x - center)·scale + shift in one pass: batch normalization by a variance of 1."""
+    channels = x.shape[-1]
+    center, scale, shift = (tf.reshape(part, [channels]) for part in affine)
+    y = tf.raw_ops.FusedBatchNormV3(
+        x=tf.reshape(x, [-1, 1, 1, channels]),
+        scale=scale,
+        offset=shift,
+        mean=center,
+        # The sum is 1, and epsilon what cuDNN accepts.
+        variance=tf.fill([channels], 0.999),
+        epsilon=0.001,
+        is_training=False,
+    ).y
+    return tf.reshape(y, tf.shape(x)) if None in x.shape else tf.reshape(y, x.shape)
 
 
 def scaled(x: Tensor, scale: Tensor, dtype: str) -> Tensor:
