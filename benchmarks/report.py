@@ -2,7 +2,8 @@
 
     python benchmarks/report.py tensorflow.json jax.json torch.json
 
-Figures are geometric means over the four main shapes; a ratio above 1 says that ours is faster.
+Figures are geometric means over the four main shapes; a ratio above 1 says that ours is faster. A
+row that several files hold is that of the last of them.
 """
 
 import argparse
@@ -38,12 +39,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("files", type=Path, nargs="+", help="written by layers.py --json")
     found = [json.loads(path.read_text()) for path in parser.parse_args().files]
-    rows = [row for one in found for row in one["rows"]]
+    named = ("backend", "mode", "layer", "shape", "dtype", "training")
+    rows = list({tuple(r[key] for key in named): r for one in found for r in one["rows"]}.values())
     engines = list(dict.fromkeys((row["backend"], row["mode"]) for row in rows))
     headings = "; ".join(dict.fromkeys(one["heading"].removeprefix("### ") for one in found))
     parts = [
         f"{headings}.",
         *(beside_keras(rows, engines, use) for use in USES),
+        small(rows, engines),
         rest(rows, engines),
     ]
     replace(DOCS / "performance.md", "measured", "\n\n".join(part for part in parts if part))
@@ -55,12 +58,25 @@ def beside_keras(rows: Rows, engines: list[tuple[str, str]], use: str) -> str:
     lines = [(f"{use}, times Keras", *SHOWN, "slowest row")]
     for engine in engines:
         chosen = [row for row in of(rows, engine, use) if row["layer"] not in OPTIONAL]
-        if chosen:
-            worst = min(chosen, key=lambda row: row["x keras"])
-            cells = [mean_of(chosen, layer, lambda row: row["x keras"]) for layer in SHOWN]
+        cells = [mean_of(chosen, layer, times_keras) for layer in SHOWN]
+        if set(cells) != {""}:
+            worst = min((row for row in chosen if row["shape"] != "small"), key=times_keras)
             slowest = f"{worst['layer']} {worst['shape']} {worst['x keras']:.2f}"
             lines.append((name(engine), *cells, slowest))
     return table(lines, markdown=True) if len(lines) > 1 else ""
+
+
+def small(rows: Rows, engines: list[tuple[str, str]]) -> str:
+    """Return the table of what is small: there Python and the number of operations count."""
+    uses = list(product(("BN", "LN"), (True, False)))
+    names = (f"{layer} {'training' if training else 'inference'}" for layer, training in uses)
+    lines = [("32×16, times Keras", *names)]
+    for engine in engines:
+        chosen = [r for r in rows if (r["backend"], r["mode"], r["shape"]) == (*engine, "small")]
+        found = {(row["layer"], row["training"]): f"{times_keras(row):.2f}" for row in chosen}
+        if found:
+            lines.append((name(engine), *(found.get(use, "") for use in uses)))
+    return table(lines, markdown=True)
 
 
 def rest(rows: Rows, engines: list[tuple[str, str]]) -> str:
@@ -112,6 +128,11 @@ def mean_of(rows: Rows, layer: str, figure: Callable[[dict[str, Any]], float | N
     return f"{geometric_mean(values):.2f}" if values else ""
 
 
+def times_keras(row: dict[str, Any]) -> float:
+    """Return how many times faster ours is."""
+    return float(row["x keras"])
+
+
 def name(engine: tuple[str, str]) -> str:
     """Return the name of an engine."""
     backend, mode = engine
@@ -121,14 +142,19 @@ def name(engine: tuple[str, str]) -> str:
 def draw(rows: Rows, engines: list[tuple[str, str]]) -> None:
     """Draw how many times faster than Keras each layer trains."""
     figure, axes = plt.subplots(figsize=(10, 4.2), layout="constrained")
-    width = 0.8 / len(engines)
-    for number, engine in enumerate(engines):
-        chosen = of(rows, engine, "training, float32")
-        means = [mean_of(chosen, layer, lambda row: row["x keras"]) for layer in SHOWN]
-        heights = [float(text) if text else np.nan for text in means]
-        left = np.arange(len(SHOWN)) + (number - (len(engines) - 1) / 2) * width
-        bars = axes.bar(left, heights, width, label=name(engine))
-        axes.bar_label(bars, [f"{h:.1f}" if h == h else "" for h in heights], fontsize=7, padding=1)
+    found = {
+        name(engine): [
+            mean_of(of(rows, engine, "training, float32"), layer, times_keras) for layer in SHOWN
+        ]
+        for engine in engines
+    }
+    shown = {title: means for title, means in found.items() if "" not in means}
+    width = 0.8 / len(shown)
+    for number, (title, means) in enumerate(shown.items()):
+        left = np.arange(len(SHOWN)) + (number - (len(shown) - 1) / 2) * width
+        bars = axes.bar(left, np.array(means, float) - 1, width, bottom=1, label=title)
+        labels = [f"{float(text):.1f}" for text in means]
+        axes.bar_label(bars, labels, fontsize=7, padding=1)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter("{x:g}")
