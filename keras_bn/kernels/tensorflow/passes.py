@@ -67,7 +67,12 @@ def mapped(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> T
         return _by_channel(x, affine)
     y = tf.cast(x, affine.scale.dtype)
     y = _plus((y if affine.center is None else y - affine.center) * affine.scale, affine.shift)
-    return tf.cast(_plus(_times(y, learned.gamma), learned.beta), dtype)
+    gamma, beta = learned
+    if gamma is not None and beta is not None:
+        rest = Affine(tf.zeros_like(gamma), gamma, beta)
+        if _is_by_channel(y, rest, y.dtype.name):
+            return tf.cast(_by_channel(y, rest), dtype)
+    return tf.cast(_plus(_times(y, gamma), beta), dtype)
 
 
 def _is_by_channel(x: Tensor, affine: Affine, dtype: str) -> bool:
