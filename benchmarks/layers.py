@@ -44,6 +44,8 @@ SHAPES = {
     "seq, channels first": ((32, 256, 512), 1),
     "small": ((32, 16), -1),
 }
+# Those whose geometric mean is told.
+MAIN_SHAPES = ("conv", "conv2", "dense", "seq")
 
 
 class Masked(keras_bn.BatchNormalization):
@@ -208,7 +210,6 @@ def shown(row: dict[str, Any]) -> dict[str, str]:
 
 def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Return the geometric means over the four shapes, and the worst case of each mode."""
-    main_shapes = list(SHAPES)[:4]
     for mode in dict.fromkeys(row["mode"] for row in rows):
         for dtype in ("float32", "bfloat16"):
             chosen = [r for r in rows if (r["mode"], r["dtype"]) == (mode, dtype)]
@@ -220,7 +221,7 @@ def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
                         r[rival]
                         for r in chosen
                         if r["layer"] == layer
-                        and r["shape"] in main_shapes
+                        and r["shape"] in MAIN_SHAPES
                         and r["training"]
                         and rival in r
                     ]
@@ -229,7 +230,7 @@ def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
             beside_keras = [r for r in chosen if r["layer"] not in OPTIONAL]
             if beside_keras:
                 worst = min(beside_keras, key=lambda r: r["x keras"])
-                yield f"\n{mode}, {dtype}: geometric mean over {', '.join(main_shapes)}, training"
+                yield f"\n{mode}, {dtype}: geometric mean over {', '.join(MAIN_SHAPES)}, training"
                 yield table(lines, markdown=False)
                 yield f"worst single case: {worst['x keras']:.2f} ({next(iter(shown(worst)))})"
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from layers import LAYERS, OPTIONAL, SHAPES
+from layers import LAYERS, MAIN_SHAPES, OPTIONAL
 from measuring import geometric_mean, replace, table
 
 matplotlib.use("Agg")
@@ -110,7 +110,7 @@ def half_beside_single(rows: Rows, engine: tuple[str, str], layer: str) -> str:
         {row["shape"]: row["ours ms"] for row in of(rows, engine, use) if row["layer"] == layer}
         for use in ("training, float32", "training, bfloat16")
     )
-    both = [single[shape] / half[shape] for shape in list(SHAPES)[:4] if {shape} <= half.keys()]
+    both = [single[shape] / half[shape] for shape in MAIN_SHAPES if shape in half]
     return f"{geometric_mean(both):.2f}" if both else ""
 
 
@@ -122,8 +122,7 @@ def of(rows: Rows, engine: tuple[str, str], use: str) -> Rows:
 
 def mean_of(rows: Rows, layer: str, figure: Callable[[dict[str, Any]], float | None]) -> str:
     """Return the geometric mean of a figure over the main shapes."""
-    main_shapes = list(SHAPES)[:4]
-    some = [figure(r) for r in rows if r["layer"] == layer and r["shape"] in main_shapes]
+    some = [figure(r) for r in rows if r["layer"] == layer and r["shape"] in MAIN_SHAPES]
     values = [value for value in some if value is not None]
     return f"{geometric_mean(values):.2f}" if values else ""
 

@@ -189,16 +189,21 @@ class BatchStatistics(Normalization):
 
     def _stored(self, dtype: str) -> Affine:
         """Return the map of inference."""
-        mean, variance = (self._spread(v, dtype) for v in (self.moving_mean, self.moving_variance))
-        # A copy: in PyTorch it would be a view, saved for the gradient, of what a later call moves.
-        affine = Affine(ops.copy(mean), 1.0 / self._stddev(variance), None)
+        mean, variance = self._moving(dtype)
+        affine = Affine(mean, 1.0 / self._stddev(variance), None)
         center, scale, shift = compose(affine, *self._learned(dtype))
         return Affine(center, scale, ops.zeros_like(scale) if shift is None else shift)
 
     def _kept_moments(self, dtype: str) -> Moments:
         """Return the moving statistics as the moments of one element, to go with the input."""
+        mean, variance = self._moving(dtype)
+        return Moments(1, mean, ops.zeros_like(mean), variance)
+
+    def _moving(self, dtype: str) -> tuple[Tensor, Tensor]:
+        """Return moving mean and moving variance, to go with the input."""
         mean, variance = (self._spread(v, dtype) for v in (self.moving_mean, self.moving_variance))
-        return Moments(1, ops.copy(mean), ops.zeros_like(mean), variance)  # copied as above
+        # A copy: in PyTorch it would be a view, saved for the gradient, of what a later call moves.
+        return ops.copy(mean), variance
 
     def _stddev(self, variance: Tensor) -> Tensor:
         return native.sqrt(variance + self.epsilon)

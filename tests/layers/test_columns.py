@@ -10,14 +10,14 @@ from tests.oracle import expected, weights_by_name
 
 U = hard.unit_roundoff("float32")
 
-# The shape, and the layer.
+# The shape, the layer, and the axes of a set.
 CASES = {
-    "table": ((64, 512), keras_bn.BatchNormalization),
-    "many rows": ((20_000, 8), keras_bn.BatchNormalization),
-    "images": ((16, 12, 12, 32), keras_bn.BatchNormalization),
-    "channels first": ((16, 32, 12, 12), lambda: keras_bn.BatchNormalization(axis=1)),
-    "ghosts": ((64, 512), lambda: keras_bn.BatchNormalization(virtual_batch_size=8)),
-    "instances": ((4, 32, 32, 24), keras_bn.InstanceNormalization),
+    "table": ((64, 512), keras_bn.BatchNormalization, (0,)),
+    "many rows": ((20_000, 8), keras_bn.BatchNormalization, (0,)),
+    "images": ((16, 12, 12, 32), keras_bn.BatchNormalization, (0, 1, 2)),
+    "channels first": ((16, 32, 12, 12), lambda: keras_bn.BatchNormalization(axis=1), (0, 2, 3)),
+    "ghosts": ((64, 512), lambda: keras_bn.BatchNormalization(virtual_batch_size=8), (0,)),
+    "instances": ((4, 32, 32, 24), keras_bn.InstanceNormalization, (1, 2)),
 }
 # Signs have equal squares: their rounding errors add up.
 DRAWS = {
@@ -45,7 +45,7 @@ def drawn(draw, mean, shape, axis):
 @pytest.mark.parametrize("mean", MEANS)
 @pytest.mark.parametrize("draw", DRAWS)
 def test_one_pass_is_taken_only_where_it_is_right(case, mean, draw, run):
-    shape, make = CASES[case]
+    shape, make, axes = CASES[case]
     axis = 1 if case == "channels first" else len(shape) - 1
     x, dy = drawn(draw, MEANS[mean], shape, axis)
     layer = make()
@@ -54,10 +54,15 @@ def test_one_pass_is_taken_only_where_it_is_right(case, mean, draw, run):
     found = run(layer, x, dy, **({} if case == "instances" else {"training": True}))
     kappa = 1e3 if mean == "one" else 1 + MEANS[mean]
     assert hard.share(found.y - wanted.y, 8 * U * (1 + np.abs(wanted.y) + 8 * kappa * U)) <= 1
-    assert hard.share(found.dx - wanted.dx, 32 * U * (1 + np.abs(wanted.dx))) <= 1
-    for name, gradient in wanted.gradients.items():
-        terms = np.abs(dy).sum(tuple(a for a in range(dy.ndim) if a != axis))
-        assert hard.share(found.gradients[name] - gradient, 16 * U * terms) <= 1
+    # Sample i belongs to ghost i mod 8.
+    sets = (8, 8, 512) if case == "ghosts" else shape
+    s = np.sqrt(x.reshape(sets).var(axes, dtype="float64", keepdims=True) + hard.EPSILON)
+    z, d, error = (part.reshape(sets) for part in (wanted.y, dy, found.dx - wanted.dx))
+    assert hard.share(error, hard.gradient_bound(z, s, d, axes, "float32")) <= 1
+    for name, factor in (("gamma", 1 + np.abs(wanted.y)), ("beta", 1.0)):
+        bound = 8 * U * np.abs(dy) * factor
+        error = found.gradients[name] - wanted.gradients[name]
+        assert hard.share(error, bound.sum(tuple(a for a in range(dy.ndim) if a != axis))) <= 1
 
 
 @pytest.mark.parametrize("draw", DRAWS)

@@ -64,8 +64,8 @@ CENTER_LATE = {
     ),
     "torch": (
         PASSES,
-        "torch.addcmul(shift, x if center is None else x - center, scale, out=out)",
-        "torch.addcmul(shift - (0 if center is None else center * scale), x, scale, out=out)",
+        "    x = x if center is None else x - center\n",
+        "    shift = shift if center is None else shift - center * scale\n",
     ),
 }[BACKEND]
 UNHIDDEN = {

@@ -117,9 +117,10 @@ def mapped(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> T
 
 def _standard(x: Tensor, center: Any, scale: Tensor, shift: Any, out: Any = None) -> Tensor:
     """Return (x - center)·scale + shift."""
-    if shift is None:
-        return torch.mul(x, scale, out=out)
-    return torch.addcmul(shift, x if center is None else x - center, scale, out=out)
+    x = x if center is None else x - center
+    return (
+        torch.mul(x, scale, out=out) if shift is None else torch.addcmul(shift, x, scale, out=out)
+    )
 
 
 def _unless_zero(center: Tensor | None) -> Tensor | None:
