@@ -111,7 +111,7 @@ def settled(value: Tensor) -> Tensor:
     return native.where(native.isfinite(value), ops.clip(value, -largest, largest), value)
 
 
-def merge(parts: Moments, total: Callable[[Tensor], Tensor]) -> Moments:
+def merge(parts: Moments, total: Callable[[Tensor], Tensor], number: int | None = None) -> Moments:
     """Merge the moments of disjoint sets, exactly, in any order and of any sizes.
 
     With n_i, mean_i, m2_i of the parts: n = Σ n_i, mean = Σ n_i·mean_i / n,
@@ -121,17 +121,23 @@ def merge(parts: Moments, total: Callable[[Tensor], Tensor]) -> Moments:
         parts: The moments of the parts.
         total: Sums an array over the parts that belong together; the result must broadcast
             against the parts, as from a sum with kept axes or from an all-reduce.
+        number: How many parts belong together, where that is the same for all and known. Then
+            the count stays a Python number, if it is one.
 
     Returns:
         The merged moments, in the shape that `total` gives.
     """
-    counts = _counted(parts).count
-    count = total(counts)
+    if number is not None and is_static(parts.count):
+        counts, count, share = parts.count, number * parts.count, 1.0 / number
+    else:
+        counts = _counted(parts).count
+        count = total(counts)
+        share = counts / positive(count)
     # Divided before the sum, which gives all parts the same number; a division after it need not:
     # vectorized and scalar divisions round differently (TensorFlow 2.21).
-    pivot = settled(ops.stop_gradient(total(counts / positive(count) * parts.pivot)))
+    pivot = settled(ops.stop_gradient(total(share * parts.pivot)))
     distance = _distance(parts, counts, pivot)
-    offset = total(counts * distance) / positive(count)
+    offset = total(share * distance)
     m2 = total(parts.m2 + counts * ops.square(distance - offset))
     return Moments(count, pivot, offset, m2)
 
@@ -164,7 +170,8 @@ def merge_replicas(own: Moments, total: Callable[[Tensor], Tensor]) -> Moments:
 
 def _distance(parts: Moments, counts: Tensor, pivot: Tensor) -> Tensor:
     """Return the means less a pivot; an empty part may lie so far off that it overflows."""
-    return native.where(counts > 0, (parts.pivot - pivot) + parts.offset, 0.0)
+    distance = (parts.pivot - pivot) + parts.offset
+    return distance if is_static(counts) else native.where(counts > 0, distance, 0.0)
 
 
 def union(first: Moments, second: Moments) -> Moments:

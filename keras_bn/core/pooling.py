@@ -17,6 +17,7 @@ class Pooling(NamedTuple):
         weights: How much each element counts; None for 1.
         total: Sums an array of cells over those that belong together, given back to each of them;
             None where each cell is a set.
+        together: How many cells make a set, where that is the same for all and known.
         is_centered: Whether moments are about the mean; else about 0, which stands for the mean.
         across: Merges the moments with those of the other replicas; None where there are none.
     """
@@ -24,6 +25,7 @@ class Pooling(NamedTuple):
     axes: tuple[int, ...]
     weights: Tensor | None = None
     total: Callable[[Tensor], Tensor] | None = None
+    together: int | None = None
     is_centered: bool = True
     across: Callable[[Moments], Moments] | None = None
 
@@ -128,6 +130,10 @@ class Ghosts(NamedTuple):
         """Whether all ghosts are known to have the same size."""
         missing = self.size * self.number - self.samples
         return isinstance(missing, int) and missing == 0
+
+    def if_full(self, value: int) -> int | None:
+        """Return a number of samples or of ghosts, if it is the same for all and known."""
+        return value if self.are_full else None
 
     def split(self, array: Tensor) -> Tensor:
         """Split the samples into (size, number), filled up with zeros."""

@@ -69,5 +69,5 @@ def _pooled(kernel: Any, x: Tensor, pooling: Pooling) -> Moments:
         second: Moments = kernel.second_moments(x, pooling.axes)
         return second
     found = kernel.moments(x, pooling.axes, pooling.weights)
-    found = found if pooling.total is None else merge(found, pooling.total)
+    found = found if pooling.total is None else merge(found, pooling.total, pooling.together)
     return found if pooling.across is None else pooling.across(found)

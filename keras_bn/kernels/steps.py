@@ -123,7 +123,9 @@ class Kernel:
 
         y, *found = self._run(Step(forward, backward, plain), x, *learned.given)
         found = [ops.stop_gradient(part) for part in found]
-        return y, Moments(*(found if len(found) == 4 else [passes.number(x, axes), *found]))
+        if len(found) == 4:
+            return y, Moments(*found)
+        return y, Moments(passes.number(x, axes) * (plan.pooling.together or 1), *found)
 
 
 class _Forward(NamedTuple):
@@ -167,14 +169,20 @@ def _gradients(
     dx = (g·dy - w·(Σ g·dy + z·Σ g·dy·z) / n) / √(variance + epsilon).
     """
     found, correction = constants
-    axes, weights, total, is_centered, _ = plan.pooling
+    axes, weights, total, _, is_centered, _ = plan.pooling
     across: Any = plan.pooling.across  # with `total`, or this would not be one step
     outer, inner = (learned, AS_IS) if varies(learned, axes) else (AS_IS, learned)
     affine = standardize(found, plan.epsilon)
     affine = affine if is_centered else uncentered(affine)
     inverse = affine.scale
-    first, second = passes.products(x, dy, affine.center, axes, outer.gamma)
-    second = (second - found.offset * first if is_centered else second) * inverse
+    if outer.is_nothing:
+        first, second = passes.products(x, dy, affine.center, axes)
+        second = (second - found.offset * first if is_centered else second) * inverse
+    else:
+        shared = _shared_axes(learned)
+        first, second, d_beta, d_gamma = passes.mapped_products(
+            x, dy, affine, outer.gamma, axes, shared
+        )
     r, d = (1.0, None) if correction is None else correction
     factor = r if inner.gamma is None else r * inner.gamma
 
@@ -189,9 +197,7 @@ def _gradients(
     level = None if level is None else -inverse * level - slope * found.offset
     terms = (inverse * factor, slope, level)
     dx = passes.combined(x, dy, affine.center, terms, weights, outer.gamma)
-    if not outer.is_nothing:
-        d_gamma, d_beta = passes.mapped_products(x, dy, affine, _shared_axes(learned))
-    else:
+    if outer.is_nothing:
         d_gamma, d_beta = r * second if d is None else r * second + d * first, first
     pairs = ((d_gamma, learned.gamma), (d_beta, learned.beta))
     return dx, *(_folded(cells, part) for cells, part in pairs if part is not None)

@@ -131,14 +131,22 @@ class BatchStatistics(Normalization):
         if len(axes) > 1:
             # The input is not split: its batch need not be a multiple of anything, and what is
             # summed over the samples of a ghost are cells, tiny beside it.
-            y, cells = self._normalized_set(x, Pooling(axes[1:], weights, ghosts.total), kept)
-            each = Moments(*(part[: ghosts.number] for part in cells))
+            size = ghosts.if_full(ghosts.size)
+            pooling = Pooling(axes[1:], weights, ghosts.total, size)
+            y, cells = self._normalized_set(x, pooling, kept)
+            each = Moments(*(p if is_static(p) else p[: ghosts.number] for p in cells))
         else:
             x, pooling = self._split(x, ghosts, weights)
-            y, sets = self._normalized_set(x, pooling, kept, lambda part: part[None])
-            each = Moments(*(part if is_static(part) else part[0] for part in sets))
+
+            def repeated(part: Tensor) -> Tensor:
+                # XLA sums the gradient along the first axis, but hardly along a second one.
+                return ops.broadcast_to(part, (ghosts.number, *ops.shape(part)[1:]))[None]
+
+            y, sets = self._normalized_set(x, pooling, kept, repeated)
+            each = Moments(*(p if is_static(p) else p[0] for p in sets))
             y = ghosts.join(y)
-        return y, merge(each, lambda array: ops.sum(array, axis=0, keepdims=True))
+        number = ghosts.if_full(ghosts.number)
+        return y, merge(each, lambda array: ops.sum(array, axis=0, keepdims=True), number)
 
     def _split(self, x: Tensor, ghosts: Ghosts, weights: Tensor | None) -> tuple[Tensor, Pooling]:
         """Return an input without space with an axis of its own for the ghosts.

@@ -1,7 +1,6 @@
 """Group normalization."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from keras import ops
@@ -111,20 +110,17 @@ class GroupNormalization(Normalization):
         """Return the normalized input."""
         x, weights = self._prepared(inputs, mask)
         (axis,) = self._kept
-        pooling = Pooling(
-            reduced_axes(len(x.shape), (0, axis)), weights, self._total(x.shape[axis])
-        )
-        if self.groups == -1 or pooling.axes:
+        pooling = Pooling(reduced_axes(len(x.shape), (0, axis)), weights)
+        if self.groups == -1:
             return self._normalized(x, pooling)[0]
-        return self._normalized_without_space(x, weights)
-
-    def _total(self, channels: int) -> Callable[[Tensor], Tensor] | None:
-        """Return the sum over the channels of a group; None where each is a group.
-
-        The channels of an image are not split: that would cost more than all sums together.
-        """
-        (axis,) = self._kept
-        return None if self.groups == -1 else group_total(axis, channels, self.groups)
+        if not pooling.axes:
+            return self._normalized_without_space(x, weights)
+        # The channels of an image are not split: that would cost more than all sums together.
+        channels = x.shape[axis]
+        total = group_total(axis, channels, self.groups)
+        return self._normalized(x, pooling._replace(total=total, together=channels // self.groups))[
+            0
+        ]
 
     def _normalized_without_space(self, x: Tensor, weights: Tensor | None) -> Tensor:
         """Normalize an input of rank 2, whose groups lie side by side."""

@@ -174,6 +174,18 @@ def test_a_count_may_be_a_python_number():
     assert share(merge(halves, over_rows), reference.moments(x, (0,))) <= 1
 
 
+@pytest.mark.parametrize("number", [1, 2, 3, 100])
+def test_equal_parts_are_merged_by_their_number(number):
+    x, weights = data()
+    size = ROWS // number
+    equal = parts(x, weights, (size,) * number)._replace(count=size)
+    found = merge(equal, over_rows, number)
+    assert found.count == ROWS
+    assert (
+        share(found._replace(count=modes.tensor(np.float32(ROWS))), reference.moments(x, (0,))) <= 1
+    )
+
+
 def test_a_nan_in_one_part_is_seen_in_the_whole():
     x, weights = data()
     x[17, 0] = np.nan

@@ -79,6 +79,17 @@ def test_equal_gradients_of_many_rows_do_not_add_up_their_rounding_errors(rows, 
     assert hard.share(found - rows * float(dy[0, 0]), 8 * U * rows * value) <= 1
 
 
+@pytest.mark.parametrize("value", [0.1, 1 / 3], ids=["a tenth", "a third"])
+# PyTorch's kernel, which takes rows of up to 4096, adds every eighth element one by one.
+@pytest.mark.parametrize(("size", "units"), [(64, 16), (1024, 32), (4096, 128), (20_000, 16)])
+def test_equal_gradients_along_a_row_leave_nothing(size, units, value, run):
+    x = np.random.default_rng(0).standard_normal((64, size)).astype("float32")
+    layer = keras_bn.LayerNormalization()
+    layer.build(x.shape)
+    found = run(layer, x, np.full_like(x, value))
+    assert hard.share(found.dx, units * U * value * (1 + np.abs(x))) <= 1
+
+
 @pytest.mark.parametrize("options", [{}, {"center": False}, {"scale": False}], ids=str)
 def test_rows_without_gamma_or_beta(options, run):
     x, dy = drawn(1e3)

@@ -112,6 +112,12 @@ FAULTS = {
         "total(parts.m2)",
         MOMENTS,
     ),
+    "equal parts each taken as the whole": Fault(
+        "core/moments.py",
+        "number * parts.count, 1.0 / number",
+        "number * parts.count, 1.0",
+        "tests/core/test_moments.py -k equal_parts",
+    ),
     "moments of replicas merged by sums of squares": Fault(
         "core/moments.py",
         "pivot = settled(weighted / positive(count))",

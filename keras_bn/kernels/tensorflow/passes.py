@@ -7,7 +7,12 @@ import tensorflow as tf
 
 from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.dtypes import statistics_dtype
-from keras_bn.kernels.tensorflow.sums import made_and_summed, squares_over, sum_over
+from keras_bn.kernels.tensorflow.sums import (
+    made_and_summed,
+    squares_over,
+    sum_over,
+    weighted_sum_over,
+)
 from keras_bn.kernels.tensorflow.tracing import is_for_xla
 from keras_bn.types import Tensor
 
@@ -44,21 +49,28 @@ def deviations(
 
 
 def products(
-    x: Tensor, dy: Tensor, center: Tensor | None, axes: Axes, gamma: Tensor | None = None
+    x: Tensor, dy: Tensor, center: Tensor | None, axes: Axes
 ) -> tuple[Tensor | None, Tensor]:
-    """Return Σ gamma·dy, None where the center is, and Σ gamma·dy·(x - center)."""
-    dy = _times(tf.cast(dy, _wide(x)), gamma)
+    """Return Σ dy, None where the center is, and Σ dy·(x - center)."""
+    dy = tf.cast(dy, _wide(x))
     first = None if center is None else sum_over(dy, axes)
     return first, sum_over(dy * _difference(x, center), axes)
 
 
-def mapped_products(x: Tensor, dy: Tensor, affine: Affine, axes: Axes) -> tuple[Any, ...]:
-    """Return Σ dy·((x - center)·scale + shift) and Σ dy, None where the center is."""
-    dtype = affine.scale.dtype
-    dy = tf.cast(dy, dtype)
-    z = _plus(_difference(x, affine.center) * affine.scale, affine.shift)
-    d_beta = None if affine.center is None else sum_over(dy, axes)
-    return made_and_summed(dy * z, axes), d_beta
+def mapped_products(
+    x: Tensor, dy: Tensor, affine: Affine, gamma: Tensor | None, axes: Axes, shared: Axes
+) -> tuple[Any, ...]:
+    """Return Σ gamma·dy and Σ gamma·dy·z over `axes`, Σ dy and Σ dy·z over `shared`.
+
+    The first and third are None where the center is; z is (x - center)·scale + shift.
+    """
+    dy = tf.cast(dy, affine.scale.dtype)
+    product = dy * _plus(_difference(x, affine.center) * affine.scale, affine.shift)
+    second = weighted_sum_over(product, gamma, axes)
+    d_gamma = made_and_summed(product, shared)
+    if affine.center is None:
+        return None, second, None, d_gamma
+    return sum_over(_times(dy, gamma), axes), second, sum_over(dy, shared), d_gamma
 
 
 def mapped(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> Tensor:

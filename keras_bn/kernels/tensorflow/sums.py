@@ -25,6 +25,8 @@ Add = Callable[[Tensor, Any], Tensor]
 _BLOCK = 32
 # Along the last axis, where neighbours are added in vectors: of 8 elements, four of them at a time.
 _ROW = 256
+# Along it in a product.
+_LONGEST = 2048
 
 
 def sum_over(x: Tensor, axes: Axes) -> Tensor:
@@ -43,6 +45,22 @@ def squares_over(x: Tensor, axes: Axes) -> Tensor:
 def made_and_summed(x: Tensor, axes: Axes) -> Tensor:
     """Sum as `sum_over` what XLA shall compute once before, because its parts vary by row."""
     return _in_blocks(_products, x, axes) if is_for_xla() else sum_over(x, axes)
+
+
+def weighted_sum_over(x: Tensor, weights: Tensor | None, axes: Axes) -> Tensor:
+    """Sum x·weights as `sum_over`; rows by one factor for each column in a product with it."""
+    if weights is None:
+        return sum_over(x, axes)
+    length = math.prod(x.shape[axis] or 0 for axis in axes)
+    is_by_column = list(weights.shape) == [
+        n if axis in axes else 1 for axis, n in enumerate(x.shape)
+    ]
+    are_rows = axes == tuple(range(len(x.shape) - len(axes), len(x.shape)))
+    # The product adds in vectors, four at a time.
+    if is_for_xla() or not (is_by_column and are_rows and 0 < length <= _LONGEST):
+        return sum_over(x * weights, axes)
+    total = tf.linalg.matvec(tf.reshape(x, [-1, length]), tf.reshape(weights, [length]))
+    return tf.reshape(total, [1 if axis in axes else n for axis, n in enumerate(_sizes(x))])
 
 
 def _products(x: Tensor, axes: Any) -> Tensor:

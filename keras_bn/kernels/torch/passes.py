@@ -5,7 +5,7 @@ and no copy of full size is made; elsewhere, and in compiled code, it goes in on
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import repeat
 from typing import Any
 
@@ -21,7 +21,7 @@ Axes = tuple[int, ...]
 
 # Elements of a piece: 2 MiB in float32, which the cores' caches hold beside a copy.
 _PIECE = 1 << 19
-# Up to so many terms, a sum is not cut.
+# Up to so many terms, a sum is not cut; nor is what has one value for so many elements.
 _FEW = 64
 
 
@@ -44,7 +44,7 @@ def total(x: Tensor, weights: Tensor | None, axes: Axes) -> Tensor:
     def sums(part: Tensor, w: Tensor | None) -> tuple[Tensor]:
         return (sum_over(weighted(part, w), axes, dtype),)
 
-    return _summed(sums, axes, x, weights)[0]
+    return _summed(sums, [axes], x, weights)[0]
 
 
 def squares(x: Tensor, axes: Axes) -> Tensor:
@@ -53,7 +53,7 @@ def squares(x: Tensor, axes: Axes) -> Tensor:
     def sums(part: Tensor) -> tuple[Tensor]:
         return (sum_over(part.to(_wide(x)).square(), axes, _wide(x)),)
 
-    return _summed(sums, axes, x)[0]
+    return _summed(sums, [axes], x)[0]
 
 
 def deviations(x: Tensor, pivot: Tensor, weights: Tensor | None, axes: Axes) -> list[Tensor]:
@@ -64,39 +64,46 @@ def deviations(x: Tensor, pivot: Tensor, weights: Tensor | None, axes: Axes) -> 
         first = sum_over(weighted(deviation, w), axes, pivot.dtype)
         return first, sum_over(weighted(deviation.square_(), w), axes, pivot.dtype)
 
-    return _summed(sums, axes, x, pivot, weights)
+    return _summed(sums, [axes, axes], x, pivot, weights)
 
 
-def products(
-    x: Tensor, dy: Tensor, center: Tensor | None, axes: Axes, gamma: Tensor | None = None
-) -> list[Any]:
-    """Return Σ gamma·dy, None where the center is, and Σ gamma·dy·(x - center)."""
+def products(x: Tensor, dy: Tensor, center: Tensor | None, axes: Axes) -> list[Any]:
+    """Return Σ dy, None where the center is, and Σ dy·(x - center)."""
     dtype = _wide(x)
-    if center is not None and gamma is None:
-        found = columns.products(x, dy, center, axes, dtype)
-        if found is not None:
-            return found
+    if center is None:
+        return [None, *_summed(lambda part, d: (sum_over(part * d, axes, dtype),), [axes], x, dy)]
+    found = columns.products(x, dy, center, axes, dtype)
+    if found is not None:
+        return found
 
-    def sums(part: Tensor, d: Tensor, origin: Tensor | None, factor: Any) -> tuple[Tensor, ...]:
-        d = d if factor is None else d * factor
-        if origin is None:
-            return (sum_over(part * d, axes, dtype),)
-        first = sum_over(d, axes, dtype)
-        return first, sum_over((part - origin).mul_(d), axes, dtype)
+    def sums(part: Tensor, d: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
+        return sum_over(d, axes, dtype), sum_over((part - origin).mul_(d), axes, dtype)
 
-    found = _summed(sums, axes, x, dy, center, gamma)
-    return [None, *found] if center is None else found
+    return _summed(sums, [axes, axes], x, dy, center)
 
 
-def mapped_products(x: Tensor, dy: Tensor, affine: Affine, axes: Axes) -> list[Any]:
-    """Return Σ dy·((x - center)·scale + shift) and Σ dy, None where the center is."""
+def mapped_products(
+    x: Tensor, dy: Tensor, affine: Affine, gamma: Tensor | None, axes: Axes, shared: Axes
+) -> list[Any]:
+    """Return Σ gamma·dy and Σ gamma·dy·z over `axes`, Σ dy and Σ dy·z over `shared`.
 
-    def sums(part: Tensor, d: Tensor, center: Any, scale: Any, shift: Any) -> Any:
-        d_gamma = sum_over(_standard(part, center, scale, shift).mul_(d), axes, scale.dtype)
-        return (d_gamma,) if center is None else (d_gamma, sum_over(d, axes, scale.dtype))
+    The first and third are None where the center is; z is (x - center)·scale + shift.
+    """
+    dtype = affine.scale.dtype
 
-    found = _summed(sums, axes, x, dy, *affine)
-    return [*found, None] if affine.center is None else found
+    def of(values: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+        by_column = sum_over(values, shared, dtype)
+        values = values if factor is None else values * factor
+        return sum_over(values, axes, dtype), by_column
+
+    def sums(part: Tensor, d: Tensor, factor: Any, center: Any, scale: Any, shift: Any) -> Any:
+        second = of(_standard(part, center, scale, shift).mul_(d), factor)
+        return second if center is None else (*second, *of(d, factor))
+
+    is_centered = affine.center is not None
+    found = _summed(sums, [axes, shared] * (1 + is_centered), x, dy, gamma, *affine)
+    second, d_gamma, first, d_beta = found if is_centered else [*found, None, None]
+    return [first, second, d_beta, d_gamma]
 
 
 def mapped(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> Tensor:
@@ -169,7 +176,10 @@ def _made(line: Callable[..., Tensor], dtype: torch.dtype, x: Tensor, *others: A
     if _is_whole(x):
         return line(x, *others, out=None).to(dtype)
     y = torch.empty_like(x, dtype=dtype)
-    for out, *parts in _pieces(_cut(x), y, x, *others):
+    # What is repeated along an axis is read again for each piece of that.
+    large = [part for part in others if part is not None and part.numel() * _FEW > x.numel()]
+    repeated = {axis for part in large for axis in range(x.ndim) if part.shape[axis] == 1}
+    for out, *parts in _pieces(_cut(x, repeated), y, x, *others):
         line(*parts, out=out)
     return y
 
@@ -187,13 +197,14 @@ def _is_whole(x: Tensor) -> bool:
     return bool(x.device.type != "cpu" or x.numel() <= _PIECE)
 
 
-def _cut(x: Tensor, axes: Axes = ()) -> tuple[int, int]:
+def _cut(x: Tensor, whole: Collection[int]) -> tuple[int, int]:
     """Return the axis along which to cut, the outermost in memory, and the length of a piece.
 
-    Sums over a few elements are nearly as large as what is summed: there each is made in one piece.
+    Args:
+        x: What is cut.
+        whole: Axes to leave whole, if there are others.
     """
-    few = number(x, axes) <= _FEW
-    able = [a for a in range(x.ndim) if x.shape[a] > 1 and not (few and a in axes)]
+    able = [axis for axis in range(x.ndim) if x.shape[axis] > 1 and axis not in whole]
     axis = max(able or range(x.ndim), key=x.stride)
     return axis, max(1, x.shape[axis] * _PIECE // x.numel())
 
@@ -212,12 +223,17 @@ def _pieces(cut: tuple[int, int], x: Tensor, *others: Tensor | None) -> Iterator
 
 
 def _summed(
-    sums: Callable[..., tuple[Tensor, ...]], axes: Axes, x: Tensor, *others: Any
+    sums: Callable[..., tuple[Tensor, ...]], over: list[Axes], x: Tensor, *others: Any
 ) -> list[Tensor]:
-    """Return what a function sums of x and others; of the pieces, added or side by side."""
+    """Return what a function sums of x and others over axes; of pieces, added or side by side."""
     if _is_whole(x):
         return list(sums(x, *others))
-    axis, _ = cut = _cut(x, axes)
+    # Sums over a few elements are nearly as large as what is summed: each is made in one piece.
+    few = {axis for axes in over if number(x, axes) <= _FEW for axis in axes}
+    axis, _ = cut = _cut(x, few)
     parts = [sums(*pieces) for pieces in _pieces(cut, x, *others)]
-    joined = [torch.cat(values, axis) for values in zip(*parts, strict=True)]
-    return [sum_over(part, (axis,), part.dtype) for part in joined] if axis in axes else joined
+    joined = (torch.cat(values, axis) for values in zip(*parts, strict=True))
+    return [
+        sum_over(part, (axis,), part.dtype) if axis in axes else part
+        for part, axes in zip(joined, over, strict=True)
+    ]

@@ -2,9 +2,12 @@
 
 PyTorch's kernel loses the digits of rows far from 0 (torch 2.13: the variance is off by 2e-4 at
 κ = 1e4), and adds the gradients of gamma and beta row by row (100,000 equal terms: 5e-4). So rows
-far from 0, which most data lacks, are centered first, and those sums go in blocks.
+far from 0, which most data lacks, are centered first, and those sums go in blocks. Long rows, of
+which it adds elements one by one, too, go another way.
 """
 
+import math
+from collections.abc import Sequence
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -23,8 +26,13 @@ Axes = tuple[int, ...]
 
 # κ up to which the kernel's own statistics are within the contract.
 _NEAR = 2.0
-# Rows that the kernel adds one by one for gamma, whose terms differ, and for beta, whose may not.
-_ROWS, _FEW_ROWS = 1024, 32
+# Rows that the kernel adds one by one for gamma, whose terms differ (the sum of n rows that are all
+# the same is off by n/4 units in the last place), and for beta, whose terms often do not.
+_ROWS, _FEW_ROWS = 1 << 14, 32
+# Elements of a row, of which the kernel adds every eighth one by one for the gradient of x.
+_LONGEST = 4096
+# Elements of a piece that is copied first.
+_PIECE = 1 << 18
 
 
 class _Seen(NamedTuple):
@@ -82,7 +90,8 @@ def _are_rows(x: Tensor, axes: Axes, dtype: str) -> bool:
     last = axes == tuple(range(x.ndim - len(axes), x.ndim))
     # The kernel rounds its result to the dtype of x.
     is_kept = x.dtype in (torch.float32, torch.float64) or x.dtype == getattr(torch, dtype)
-    return last and x.is_contiguous() and is_kept
+    are_short = math.prod([x.shape[axis] for axis in axes]) <= _LONGEST
+    return last and are_short and x.is_contiguous() and is_kept
 
 
 def _are_near(mean: Tensor, inverse: Tensor) -> bool:
@@ -95,34 +104,36 @@ def _standardized(x: Tensor, shape: Any, learned: Any, epsilon: float) -> tuple[
     y, mean, inverse = torch.native_layer_norm(x, shape, *learned, epsilon)
     if _are_near(mean, inverse):
         return y, _Seen(None, mean, inverse)
-    found = []
-    for rows, center in zip(_pieces(x, shape), _pieces(mean, shape), strict=True):
+    found, length = [], _PIECE // shape.numel()
+    for rows, center in zip(_pieces(x, shape, length), _pieces(mean, shape, length), strict=True):
         z, *statistics = torch.native_layer_norm(rows - center, shape, *learned, epsilon)
         found.append((z.to(x.dtype), *statistics))
-    y, *seen = (torch.cat(part) for part in zip(*found, strict=True))
+    y, *seen = (_joined(part) for part in zip(*found, strict=True))
     return y.view(x.shape), _Seen(mean, *(part.view(mean.shape) for part in seen))
 
 
 def _gradients(seen: _Seen, x: Tensor, dy: Tensor, shape: Any, learned: Any) -> list[Tensor]:
     """Return the gradients of x, gamma and, where it is given, beta."""
     gamma, beta = learned
-    is_near = seen.center is None
 
     def of(d: Tensor, rows: Tensor, seen: _Seen, wanted: list[bool]) -> Any:
         rows = rows if seen.center is None else rows - seen.center
         backward = torch.ops.aten.native_layer_norm_backward
         return backward(d.to(rows.dtype), rows, shape, *seen[1:], gamma, beta, [*wanted, False])
 
-    statistics = (repeat(None) if part is None else _pieces(part, shape) for part in seen)
-    pieces = zip(_pieces(dy, shape), _pieces(x, shape), *statistics, strict=False)
     # Wide, because the kernel would round gamma's gradient to half precision (torch 2.13).
-    found = [
-        of(d, rows.to(gamma.dtype), _Seen(*part), [not is_near, True]) for d, rows, *part in pieces
-    ]
-    if is_near:
+    is_copied = seen.center is not None or x.dtype != gamma.dtype
+    length = _PIECE // shape.numel() if is_copied else _ROWS
+    cut = (repeat(None) if part is None else _pieces(part, shape, length) for part in seen)
+    pieces = list(zip(_pieces(dy, shape, length), _pieces(x, shape, length), *cut, strict=False))
+    # To join what was made of pieces takes longer than to read the rows again.
+    is_whole = len(pieces) > 1 and not is_copied
+    wanted = [not is_whole, True]
+    found = [of(d, rows.to(gamma.dtype), _Seen(*part), wanted) for d, rows, *part in pieces]
+    if is_whole:
         dx = of(dy, x, seen, [True, False])[0]
     else:
-        dx = torch.cat([part.to(x.dtype) for part, *_ in found]).view(x.shape)
+        dx = _joined([part.to(x.dtype) for part, *_ in found]).view(x.shape)
     d_gamma = torch.stack([part for _, part, _ in found]).sum(0, dtype=torch.float64)
     gradients: list[Tensor] = [dx, d_gamma.to(gamma.dtype)]
     if beta is not None:
@@ -130,7 +141,12 @@ def _gradients(seen: _Seen, x: Tensor, dy: Tensor, shape: Any, learned: Any) -> 
     return gradients
 
 
-def _pieces(x: Tensor, shape: Any) -> tuple[Tensor, ...]:
-    """Return pieces of some rows each."""
-    pieces: tuple[Tensor, ...] = x.flatten(0, -len(shape) - 1).split(_ROWS)
+def _pieces(x: Tensor, shape: Any, length: int) -> tuple[Tensor, ...]:
+    """Return pieces of so many rows each."""
+    pieces: tuple[Tensor, ...] = x.flatten(0, -len(shape) - 1).split(max(1, length))
     return pieces
+
+
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    """Return the rows of all pieces, without a copy of a single one."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
