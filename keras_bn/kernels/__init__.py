@@ -2,7 +2,8 @@
 
     moments(x, axes, weights) -> Moments    apply(x, affine, dtype) -> y
     normalize(x, pooling, ...) -> y, Moments: both, and the algebra between them
-    normalize_rows(x, axes, ...) -> y: the same for layer normalization, where y is all
+    normalize_rows(x, axes, ...), normalize_groups(x, pooling, ...) -> y: the same for layer and
+    group normalization, where y is all
     length(v, kept) -> |v|    with_length(v, g, kept) -> g·v / |v|: the same for a layer's kernel
 
 `moments` sums over `axes` and keeps them with size 1. It sums in float32 at least, never below
@@ -29,6 +30,7 @@ from keras_bn.kernels.active import (
     is_foreign,
     moments,
     normalize,
+    normalize_groups,
     normalize_rows,
 )
 from keras_bn.kernels.lengths import length, with_length
@@ -42,6 +44,7 @@ __all__ = [
     "length",
     "moments",
     "normalize",
+    "normalize_groups",
     "normalize_rows",
     "with_length",
 ]

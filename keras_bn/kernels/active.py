@@ -90,11 +90,21 @@ def normalize_rows(
     x: Tensor, axes: tuple[int, ...], learned: Learned, epsilon: float, dtype: str
 ) -> Tensor:
     """Return y of `normalize` where each set lies along the axes, which gamma and beta have too."""
-    if hasattr(_kernel, "normalize_rows"):
-        y = _kernel.normalize_rows(x, axes, learned, epsilon, dtype)
-        if y is not None:
-            return y
-    return normalize(x, Pooling(axes), learned, epsilon, dtype)[0]
+    y = _special("normalize_rows", x, axes, learned, epsilon, dtype)
+    return normalize(x, Pooling(axes), learned, epsilon, dtype)[0] if y is None else y
+
+
+def normalize_groups(
+    x: Tensor, pooling: Pooling, learned: Learned, epsilon: float, dtype: str
+) -> Tensor:
+    """Return y of `normalize` where each set is some channels of one sample."""
+    y = _special("normalize_groups", x, pooling, learned, epsilon, dtype)
+    return normalize(x, pooling, learned, epsilon, dtype)[0] if y is None else y
+
+
+def _special(name: str, *args: Any) -> Tensor | None:
+    """Return what a backend's own function gives; None without one, or where it does not serve."""
+    return getattr(_kernel, name)(*args) if hasattr(_kernel, name) else None
 
 
 def is_compiling() -> bool:

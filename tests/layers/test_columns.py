@@ -18,6 +18,12 @@ CASES = {
     "channels first": ((16, 32, 12, 12), lambda: keras_bn.BatchNormalization(axis=1), (0, 2, 3)),
     "ghosts": ((64, 512), lambda: keras_bn.BatchNormalization(virtual_batch_size=8), (0,)),
     "instances": ((4, 32, 32, 24), keras_bn.InstanceNormalization, (1, 2)),
+    "instances, channels first": (
+        (4, 24, 32, 32),
+        lambda: keras_bn.InstanceNormalization(axis=1),
+        (2, 3),
+    ),
+    "a row each, channels first": ((6, 4, 999), lambda: keras_bn.GroupNormalization(-1, 1), (2,)),
 }
 # Signs have equal squares: their rounding errors add up.
 DRAWS = {
@@ -46,12 +52,13 @@ def drawn(draw, mean, shape, axis):
 @pytest.mark.parametrize("draw", DRAWS)
 def test_one_pass_is_taken_only_where_it_is_right(case, mean, draw, run):
     shape, make, axes = CASES[case]
-    axis = 1 if case == "channels first" else len(shape) - 1
+    axis = 1 if "channels first" in case else len(shape) - 1
     x, dy = drawn(draw, MEANS[mean], shape, axis)
     layer = make()
     layer.build(shape)
     wanted = expected(layer, weights_by_name(layer), x, dy, training=True)
-    found = run(layer, x, dy, **({} if case == "instances" else {"training": True}))
+    is_batch = isinstance(layer, keras_bn.BatchNormalization)
+    found = run(layer, x, dy, **({"training": True} if is_batch else {}))
     kappa = 1e3 if mean == "one" else 1 + MEANS[mean]
     assert hard.share(found.y - wanted.y, 8 * U * (1 + np.abs(wanted.y) + 8 * kappa * U)) <= 1
     # Sample i belongs to ghost i mod 8.

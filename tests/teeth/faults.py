@@ -339,6 +339,12 @@ if BACKEND == "torch":
             "is_near = True",
             "tests/layers/test_columns.py",
         ),
+        "groups that are far from 0 left to the native kernel": Fault(
+            "kernels/torch/groups.py",
+            "if not are_near(mean, inverse):",
+            "if False:",
+            "tests/layers/test_groups.py -k far",
+        ),
         "rows added one by one": Fault(
             COLUMNS,
             "_MOST, _FEWEST = 32, 8",

@@ -5,10 +5,19 @@ import torch
 from keras_bn.kernels.steps import Kernel
 from keras_bn.kernels.torch import passes
 from keras_bn.kernels.torch.autograd import run
+from keras_bn.kernels.torch.groups import normalize_groups
 from keras_bn.kernels.torch.rows import normalize_rows
 from keras_bn.types import Tensor
 
-__all__ = ["apply", "hold", "is_compiling", "moments", "normalize", "normalize_rows"]
+__all__ = [
+    "apply",
+    "hold",
+    "is_compiling",
+    "moments",
+    "normalize",
+    "normalize_groups",
+    "normalize_rows",
+]
 
 is_compiling = torch.compiler.is_compiling
 _kernel = Kernel(passes, run)

@@ -6,7 +6,6 @@ far from 0, which most data lacks, are centered first, and those sums go in bloc
 which it adds elements one by one, too, go another way.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ _NEAR = 2.0
 # the same is off by n/4 units in the last place), and for beta, whose terms often do not.
 _ROWS, _FEW_ROWS = 1 << 14, 32
 # Elements of a row, of which the kernel adds every eighth one by one for the gradient of x.
-_LONGEST = 4096
+LONGEST = 4096
 # Elements of a piece that is copied first.
 _PIECE = 1 << 18
 
@@ -60,7 +59,7 @@ def normalize_rows(
     if is_few and not is_transformed(x, *learned.given):
         native = [None if part is None else part.reshape(shape) for part in learned]
         y, mean, inverse = torch.native_layer_norm(x, shape, *native, epsilon)
-        if _are_near(mean, inverse):
+        if are_near(mean, inverse):
             return y.to(getattr(torch, dtype))  # so few rows have right gradients, too
     plan = Plan(Pooling(axes), epsilon, dtype, lambda _: None)
 
@@ -85,16 +84,20 @@ def normalize_rows(
 
 def _are_rows(x: Tensor, axes: Axes, dtype: str) -> bool:
     """Say whether the axes are the last ones, in memory too, of a tensor that the kernel takes."""
+    are_last = axes == tuple(range(x.ndim - len(axes), x.ndim))
+    return are_last and is_dense(x, dtype) and bool(x.shape[axes[0] :].numel() <= LONGEST)
+
+
+def is_dense(x: Tensor, dtype: str) -> bool:
+    """Say whether a native kernel takes a tensor: eager, contiguous, in a dtype that it keeps."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or not x.numel():
         return False
-    last = axes == tuple(range(x.ndim - len(axes), x.ndim))
     # The kernel rounds its result to the dtype of x.
     is_kept = x.dtype in (torch.float32, torch.float64) or x.dtype == getattr(torch, dtype)
-    are_short = math.prod([x.shape[axis] for axis in axes]) <= _LONGEST
-    return last and are_short and x.is_contiguous() and is_kept
+    return bool(is_kept and x.is_contiguous())
 
 
-def _are_near(mean: Tensor, inverse: Tensor) -> bool:
+def are_near(mean: Tensor, inverse: Tensor) -> bool:
     """Say whether rows are so near to 0 that the kernel's statistics are right."""
     return bool((mean.abs() * inverse).max() <= _NEAR)
 
@@ -102,7 +105,7 @@ def _are_near(mean: Tensor, inverse: Tensor) -> bool:
 def _standardized(x: Tensor, shape: Any, learned: Any, epsilon: float) -> tuple[Tensor, _Seen]:
     """Return gamma·(x - mean)/√(variance + epsilon) + beta and what the kernel made of the rows."""
     y, mean, inverse = torch.native_layer_norm(x, shape, *learned, epsilon)
-    if _are_near(mean, inverse):
+    if are_near(mean, inverse):
         return y, _Seen(None, mean, inverse)
     found, length = [], _PIECE // shape.numel()
     for rows, center in zip(_pieces(x, shape, length), _pieces(mean, shape, length), strict=True):
