@@ -55,12 +55,14 @@ def normalize_rows(
     if not _are_rows(x, axes, dtype) or learned.gamma is None:
         return None
     shape = x.shape[axes[0] :]
+    # So few rows have right gradients, too.
     is_few = x.numel() <= _FEW_ROWS * shape.numel() and x.dtype == learned.gamma.dtype
-    if is_few and not is_transformed(x, *learned.given):
+    is_simple = is_few or not torch.is_grad_enabled()
+    if is_simple and not is_transformed(x, *learned.given):
         native = [None if part is None else part.reshape(shape) for part in learned]
         y, mean, inverse = torch.native_layer_norm(x, shape, *native, epsilon)
         if are_near(mean, inverse):
-            return y.to(getattr(torch, dtype))  # so few rows have right gradients, too
+            return y.to(getattr(torch, dtype))
     plan = Plan(Pooling(axes), epsilon, dtype, lambda _: None)
 
     def flat(given: Any) -> list[Tensor | None]:
@@ -99,7 +101,7 @@ def is_dense(x: Tensor, dtype: str) -> bool:
 
 def are_near(mean: Tensor, inverse: Tensor) -> bool:
     """Say whether rows are so near to 0 that the kernel's statistics are right."""
-    return bool((mean.abs() * inverse).max() <= _NEAR)
+    return bool((mean * inverse).abs_().max().item() <= _NEAR)
 
 
 def _standardized(x: Tensor, shape: Any, learned: Any, epsilon: float) -> tuple[Tensor, _Seen]:
