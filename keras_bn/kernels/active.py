@@ -76,6 +76,10 @@ def normalize(
         found = None if correct is None else correct(moments)
         return None if found is None else (_hold(found[0]), _hold(found[1]))
 
+    if pooling.total is not None:
+        total = pooling.total
+        # Compiled code would sum what belongs together again for each element (torch 2.13).
+        pooling = pooling._replace(total=lambda cells: _hold(total(cells)))
     plan = Plan(pooling, epsilon, dtype, correction, kept)
     # JAX would count a collective inside a derivative by hand twice: then in parts.
     is_whole = pooling.across is None or hasattr(pooling.across, "total")
@@ -113,7 +117,7 @@ def is_compiling() -> bool:
 
 
 def _hold(x: Tensor) -> Tensor:
-    """Keep the backward pass from computing a value again; elsewhere nothing moves in place."""
+    """Keep compiled PyTorch from computing a value again, where it is used or may have moved."""
     return _kernel.hold(x) if hasattr(_kernel, "hold") else x
 
 
