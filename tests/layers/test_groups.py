@@ -6,6 +6,7 @@ import pytest
 
 import keras_bn
 from tests.kernels import hard
+from tests.layers.half import check_rounded_once
 from tests.oracle import expected, weights_by_name
 
 U = hard.unit_roundoff("float32")
@@ -63,14 +64,15 @@ def test_groups_without_gamma_or_beta(options, kind, run):
 
 @every_kind
 @pytest.mark.parametrize("value", [0.1, 1 / 3], ids=["a tenth", "a third"])
-@pytest.mark.parametrize("size", [100, 1024, 5000])
-def test_equal_gradients_of_a_group_leave_nothing(size, value, kind, run):
+# PyTorch's kernel, which takes channels of up to 4096, adds every eighth element one by one.
+@pytest.mark.parametrize(("size", "units"), [(100, 32), (1024, 32), (4096, 128), (5000, 32)])
+def test_equal_gradients_of_a_group_leave_nothing(size, units, value, kind, run):
     x = np.random.default_rng(0).standard_normal((40, 4, size)).astype("float32")
     layer = kind()
     layer.build(x.shape)
     dy = np.full_like(x, value)
     found = run(layer, x, dy)
-    assert hard.share(found.dx, 32 * U * value * (1 + np.abs(x))) <= 1
+    assert hard.share(found.dx, units * U * value * (1 + np.abs(x))) <= 1
     terms = 40 * size * float(dy.flat[0])
     assert hard.share(found.gradients["beta"] - terms, 8 * U * terms) <= 1
 
@@ -78,20 +80,9 @@ def test_equal_gradients_of_a_group_leave_nothing(size, value, kind, run):
 @every_kind
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_groups_of_half_precision_are_rounded_once(dtype, kind, run):
-    x, dy = (
-        keras.ops.cast(keras.ops.convert_to_tensor(part), dtype)
-        for part in drawn(0.5, SHAPES["images"])
-    )
-    layer = built(kind, SHAPES["images"], dtype=f"mixed_{dtype}")
-    exact = [keras.ops.convert_to_numpy(keras.ops.cast(part, "float32")) for part in (x, dy)]
-    wanted = expected(layer, weights_by_name(layer), *exact, training=True)
-    found = run(layer, x, dy)
-    ulp = 2 * hard.unit_roundoff(dtype)
-    assert hard.share(found.y - wanted.y, 0.51 * ulp * np.abs(wanted.y) + 1e-5) <= 1
-    assert hard.share(found.dx - wanted.dx, 2 * ulp * (1 + np.abs(wanted.dx))) <= 1
-    for name, gradient in wanted.gradients.items():
-        bound = 1e-5 * np.abs(exact[1]).sum((0, 2, 3))
-        assert hard.share(found.gradients[name] - gradient, bound) <= 1
+    x, dy = drawn(0.5, SHAPES["images"])
+    layer = built(kind, x.shape, dtype=f"mixed_{dtype}")
+    check_rounded_once(layer, x, dy, (0, 2, 3), dtype, run)
 
 
 @every_kind
@@ -106,11 +97,11 @@ def test_an_outlier_does_not_hide_the_rest_of_its_group(kind, run):
 
 
 @every_kind
-def test_images_of_a_view_are_those_of_its_copy(kind, run):
-    x, dy = (np.moveaxis(part, 1, -1).copy() for part in drawn(0.5, SHAPES["images"]))
-    layer = built(kind, SHAPES["images"])
-    view = keras.ops.moveaxis(keras.ops.convert_to_tensor(x), -1, 1)
-    found = run(layer, view, np.moveaxis(dy, -1, 1).copy())
-    copy = run(layer, np.moveaxis(x, -1, 1).copy(), np.moveaxis(dy, -1, 1).copy())
-    assert np.allclose(found.y, copy.y, atol=2e-6)
-    assert np.allclose(found.dx, copy.dx, atol=2e-6)
+def test_images_may_be_a_view(kind, run):
+    x, dy = drawn(0.5, SHAPES["images"])
+    layer = built(kind, x.shape)
+    wanted = expected(layer, weights_by_name(layer), x, dy, training=True)
+    last = keras.ops.convert_to_tensor(np.moveaxis(x, 1, -1).copy())
+    found = run(layer, keras.ops.moveaxis(last, -1, 1), dy)
+    assert hard.share(found.y - wanted.y, 8 * U * (1 + np.abs(wanted.y))) <= 1
+    assert hard.share(found.dx - wanted.dx, 64 * U * (1 + np.abs(wanted.dx))) <= 1

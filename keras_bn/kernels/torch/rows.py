@@ -55,18 +55,20 @@ def normalize_rows(
     if not _are_rows(x, axes, dtype) or learned.gamma is None:
         return None
     shape = x.shape[axes[0] :]
-    # So few rows have right gradients, too.
-    is_few = x.numel() <= _FEW_ROWS * shape.numel() and x.dtype == learned.gamma.dtype
-    is_simple = is_few or not torch.is_grad_enabled()
-    if is_simple and not is_transformed(x, *learned.given):
-        native = [None if part is None else part.reshape(shape) for part in learned]
-        y, mean, inverse = torch.native_layer_norm(x, shape, *native, epsilon)
-        if are_near(mean, inverse):
-            return y.to(getattr(torch, dtype))
-    plan = Plan(Pooling(axes), epsilon, dtype, lambda _: None)
 
     def flat(given: Any) -> list[Tensor | None]:
         return [None if part is None else part.reshape(shape) for part in learned.filled(given)]
+
+    is_plain = not is_transformed(x, *learned.given)
+    if is_plain and not torch.is_grad_enabled():
+        return _standardized(x, shape, flat(learned.given), epsilon)[0].to(getattr(torch, dtype))
+    # So few rows have right gradients, too.
+    is_few = x.numel() <= _FEW_ROWS * shape.numel() and x.dtype == learned.gamma.dtype
+    if is_plain and is_few:
+        y, mean, inverse = torch.native_layer_norm(x, shape, *flat(learned.given), epsilon)
+        if are_near(mean, inverse):
+            return y.to(getattr(torch, dtype))
+    plan = Plan(Pooling(axes), epsilon, dtype, lambda _: None)
 
     def forward(x: Tensor, *given: Tensor) -> Any:
         y, seen = _standardized(x, shape, flat(given), epsilon)
