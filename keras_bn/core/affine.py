@@ -56,7 +56,7 @@ def standardize(moments: Moments, epsilon: float) -> Affine:
     It is written (x - pivot)·scale - offset·scale: the pivot is near x, so the difference is
     exact, and the mean's last digits, which the pivot does not hold, still count.
     """
-    scale = 1.0 / native.sqrt(moments.variance + epsilon)
+    scale = native.reciprocal(native.sqrt(moments.variance + epsilon))
     return Affine(moments.pivot, scale, -moments.offset * scale)
 
 

@@ -15,4 +15,6 @@ _name = _MODULES.get(keras.backend.backend())
 _own = ops if _name is None else importlib.import_module(_name)
 
 where, sqrt, reshape = _own.where, _own.sqrt, _own.reshape
+# `1.0 / x` is two operations in PyTorch.
+reciprocal = _own.math.reciprocal if _name == "tensorflow" else _own.reciprocal
 isfinite = _own.math.is_finite if _name == "tensorflow" else _own.isfinite

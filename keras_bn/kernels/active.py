@@ -11,10 +11,11 @@ from typing import Any
 import keras
 
 from keras_bn.core.affine import Affine, Learned
+from keras_bn.core.estimators import Corrector
 from keras_bn.core.moments import Moments
 from keras_bn.core.pooling import Pooling
 from keras_bn.kernels import normalization
-from keras_bn.kernels.normalization import Correction, Plan
+from keras_bn.kernels.normalization import Plan
 from keras_bn.types import Tensor
 
 _backend = keras.backend.backend()
@@ -54,7 +55,7 @@ def normalize(
     learned: Learned,
     epsilon: float,
     dtype: str,
-    correct: Callable[[Moments], Correction] | None = None,
+    correct: Corrector | None = None,
     kept: Moments | None = None,
 ) -> tuple[Tensor, Moments]:
     """Return y = gamma·(r·(x - mean)/√(variance + epsilon) + d) + beta and the moments.
@@ -71,16 +72,14 @@ def normalize(
     Returns:
         y and the moments; those of an empty set have count 0.
     """
-
-    def correction(moments: Moments) -> Correction:
-        found = None if correct is None else correct(moments)
-        return None if found is None else (_hold(found[0]), _hold(found[1]))
-
     if pooling.total is not None:
         total = pooling.total
         # Compiled code would sum what belongs together again for each element (torch 2.13).
         pooling = pooling._replace(total=lambda cells: _hold(total(cells)))
-    plan = Plan(pooling, epsilon, dtype, correction, kept)
+    plan = Plan(pooling, epsilon, dtype, None if correct is None else _held(correct), kept)
+    special: tuple[Tensor, Moments] | None = _special("normalize_batch", x, learned, plan)
+    if special is not None:
+        return special
     # JAX would count a collective inside a derivative by hand twice: then in parts.
     is_whole = pooling.across is None or hasattr(pooling.across, "total")
     if is_whole and hasattr(_kernel, "normalize"):
@@ -106,7 +105,7 @@ def normalize_groups(
     return normalize(x, pooling, learned, epsilon, dtype)[0] if y is None else y
 
 
-def _special(name: str, *args: Any) -> Tensor | None:
+def _special(name: str, *args: Any) -> Any:
     """Return what a backend's own function gives; None without one, or where it does not serve."""
     return getattr(_kernel, name)(*args) if hasattr(_kernel, name) else None
 
@@ -119,6 +118,14 @@ def is_compiling() -> bool:
 def _hold(x: Tensor) -> Tensor:
     """Keep compiled PyTorch from computing a value again, where it is used or may have moved."""
     return _kernel.hold(x) if hasattr(_kernel, "hold") else x
+
+
+def _held(correct: Corrector) -> Corrector:
+    def held(moments: Moments) -> tuple[Tensor, Tensor]:
+        r, d = correct(moments)
+        return _hold(r), _hold(d)
+
+    return held
 
 
 def is_foreign(x: Tensor) -> bool:

@@ -1,9 +1,9 @@
 """The whole of a normalization, from a kernel's `moments` and `apply`."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from keras_bn.core.affine import Learned, compose, standardize, uncentered
+from keras_bn.core.affine import Affine, Learned, compose, standardize, uncentered
+from keras_bn.core.estimators import Corrector
 from keras_bn.core.moments import Moments, merge, or_else
 from keras_bn.core.pooling import Pooling
 from keras_bn.types import Tensor
@@ -19,20 +19,32 @@ class Plan(NamedTuple):
         pooling: Which elements belong to one set.
         epsilon: Added to the variance [x²].
         dtype: Dtype of the output.
-        correct: Gives r and d from the moments.
+        correct: Gives r and d from the moments; None for 1 and 0.
         kept: Moments in place of those of an empty set; None to take 0.
     """
 
     pooling: Pooling
     epsilon: float
     dtype: str
-    correct: Callable[[Moments], Correction]
+    correct: Corrector | None = None
     kept: Moments | None = None
 
 
-def normalize(
-    kernel: Any, x: Tensor, learned: Learned, plan: Plan
-) -> tuple[Tensor, Moments, Moments, Correction]:
+class Seen(NamedTuple):
+    """What the derivative of a normalization needs, beside x and what is learned.
+
+    Attributes:
+        count: Number of elements of each set.
+        affine: The map to mean 0 and variance 1, or of uncentered sets its scale alone.
+        correction: What `Plan.correct` gave.
+    """
+
+    count: Tensor
+    affine: Affine
+    correction: Correction
+
+
+def normalize(kernel: Any, x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments, Seen]:
     """Return y = gamma·(r·(x - mean)/√(variance + epsilon) + d) + beta, and what it is made with.
 
     Args:
@@ -42,20 +54,20 @@ def normalize(
         plan: What to do.
 
     Returns:
-        y, the moments (of an empty set with count 0), those that were used, and the correction.
+        y, the moments, of an empty set with count 0, and what the derivative needs.
     """
     moments = _pooled(kernel, x, plan.pooling)
     filled = moments if plan.kept is None else or_else(moments, plan.kept)
     affine = standardize(filled, plan.epsilon)
     if not plan.pooling.is_centered:
         affine = uncentered(affine)
-    correction = plan.correct(moments)
+    correction = None if plan.correct is None else plan.correct(moments)
+    seen = Seen(filled.count, affine, correction)
     if correction is not None:
         affine = compose(affine, *correction)
     if varies(learned, plan.pooling.axes):
-        return kernel.apply(x, affine, plan.dtype, learned), moments, filled, correction
-    y = kernel.apply(x, compose(affine, *learned), plan.dtype)
-    return y, moments, filled, correction
+        return kernel.apply(x, affine, plan.dtype, learned), moments, seen
+    return kernel.apply(x, compose(affine, *learned), plan.dtype), moments, seen
 
 
 def varies(learned: Learned, axes: tuple[int, ...]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from keras import ops
 from keras.backend import standardize_dtype
 
-from keras_bn.core.affine import AS_IS, Affine, Learned, standardize, uncentered
+from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.moments import Moments, is_static, positive, settled
 from keras_bn.kernels import generic
 from keras_bn.kernels.normalization import Plan, normalize, varies
@@ -109,16 +109,20 @@ class Kernel:
             plan = plan._replace(pooling=plan.pooling._replace(weights=weights))
 
         def forward(x: Tensor, *given: Tensor) -> Any:
-            y, found, used, correction = normalize(_Forward(passes), x, learned.filled(given), plan)
-            return (y,), _tensors(found), (_constant(used), correction)
+            y, found, seen = normalize(_Forward(passes), x, learned.filled(given), plan)
+            # The others are no outputs.
+            count, center = _apart(seen.count), _apart(seen.affine.center)
+            seen = seen._replace(count=count, affine=seen.affine._replace(center=center))
+            return (y,), _tensors(found), seen
 
-        def backward(inputs: Any, constants: Any, grads: Any) -> Any:
+        def backward(inputs: Any, seen: Any, grads: Any) -> Any:
             (x, *given), (dy,) = inputs, grads
-            return _gradients(passes, x, dy, learned.filled(given), constants, plan)
+            return _gradients(passes, x, dy, learned.filled(given), seen, plan)
 
-        def plain(inputs: Any, constants: Any) -> Any:
-            fixed = plan if constants is None else plan._replace(correct=lambda _: constants[1])
-            y, found, *_ = normalize(generic, inputs[0], learned.filled(inputs[1:]), fixed)
+        def plain(inputs: Any, seen: Any) -> Any:
+            is_fixed = seen is not None and plan.correct is not None
+            fixed = plan._replace(correct=lambda _: seen.correction) if is_fixed else plan
+            y, found, _ = normalize(generic, inputs[0], learned.filled(inputs[1:]), fixed)
             return (y,), _tensors(found)
 
         y, *found = self._run(Step(forward, backward, plain), x, *learned.given)
@@ -161,23 +165,21 @@ class _Forward(NamedTuple):
 
 
 def _gradients(
-    passes: Any, x: Tensor, dy: Tensor, learned: Learned, constants: Any, plan: Plan
+    passes: Any, x: Tensor, dy: Tensor, learned: Learned, seen: Any, plan: Plan
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x and of what is learned, through y.
 
     With z = (x - mean)/√(variance + epsilon), g = gamma·r, weights w and sums over a set of n:
     dx = (g·dy - w·(Σ g·dy + z·Σ g·dy·z) / n) / √(variance + epsilon).
     """
-    found, correction = constants
-    axes, weights, total, _, is_centered, _ = plan.pooling
+    count, affine, correction = seen
+    axes, weights, total, *_ = plan.pooling
     across: Any = plan.pooling.across  # with `total`, or this would not be one step
     outer, inner = (learned, AS_IS) if varies(learned, axes) else (AS_IS, learned)
-    affine = standardize(found, plan.epsilon)
-    affine = affine if is_centered else uncentered(affine)
-    inverse = affine.scale
+    center, inverse, shift = affine
     if outer.is_nothing:
-        first, second = passes.products(x, dy, affine.center, axes)
-        second = (second - found.offset * first if is_centered else second) * inverse
+        first, second = passes.products(x, dy, center, axes)
+        second = second * inverse if shift is None else second * inverse + first * shift
     else:
         shared = _shared_axes(learned)
         first, second, d_beta, d_gamma = passes.mapped_products(
@@ -185,18 +187,17 @@ def _gradients(
         )
     r, d = (1.0, None) if correction is None else correction
     factor = r if inner.gamma is None else r * inner.gamma
-
-    def mean(part: Tensor) -> Tensor:
-        each = factor * part / positive(found.count)
-        return each if total is None else total(each)
-
-    level, slope = (None if part is None else mean(part) for part in (first, second))
+    share = factor / positive(count)
+    terms = [share * part for part in (first, second) if part is not None]
+    if total is not None:
+        terms = [total(part) for part in terms]
     if across is not None:
-        level, slope = across.total(ops.stack([level, slope]))
-    slope = -inverse * inverse * slope
-    level = None if level is None else -inverse * level - slope * found.offset
-    terms = (inverse * factor, slope, level)
-    dx = passes.combined(x, dy, affine.center, terms, weights, outer.gamma)
+        terms = across.total(ops.stack(terms))
+    *level, slope = terms
+    slope = -inverse * slope
+    # Σ g·dy / n and Σ g·dy·z / n, as a level and a slope of x - center.
+    line = (slope * inverse, None if shift is None else slope * shift - inverse * level[0])
+    dx = passes.combined(x, dy, center, (inverse * factor, *line), weights, outer.gamma)
     if outer.is_nothing:
         d_gamma, d_beta = r * second if d is None else r * second + d * first, first
     pairs = ((d_gamma, learned.gamma), (d_beta, learned.beta))
@@ -227,8 +228,11 @@ def _tensors(moments: Moments) -> tuple[Tensor, ...]:
 
 def _constant(moments: Moments) -> Moments:
     """Return copies without gradient: PyTorch must not keep its own outputs for the backward."""
-    parts = (part if is_static(part) else ops.stop_gradient(part) for part in moments)
-    return Moments(*parts)
+    return Moments(*(_apart(part) for part in moments))
+
+
+def _apart(part: Tensor) -> Tensor:
+    return part if is_static(part) or part is None else ops.stop_gradient(part)
 
 
 def _dtype(x: Tensor) -> str:

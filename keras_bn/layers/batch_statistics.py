@@ -198,7 +198,7 @@ class BatchStatistics(Normalization):
     def _stored(self, dtype: str) -> Affine:
         """Return the map of inference."""
         mean, variance = self._moving(dtype)
-        affine = Affine(mean, 1.0 / self._stddev(variance), None)
+        affine = Affine(mean, native.reciprocal(self._stddev(variance)), None)
         center, scale, shift = compose(affine, *self._learned(dtype))
         return Affine(center, scale, ops.zeros_like(scale) if shift is None else shift)
 

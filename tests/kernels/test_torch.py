@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 
+import keras_bn
 from keras_bn import kernels
 from keras_bn.core.affine import standardize
 from keras_bn.kernels import reference
@@ -126,6 +127,31 @@ def test_gradients_pass_torchs_own_check(check, weighted):
     weights = torch.tensor([[1.0], [0.0], [0.5], [2.0]], dtype=torch.float64)[:, None]
     x = sample(4, 3, 2).requires_grad_()
     assert check(lambda x: normalized(x, weights if weighted else None), (x,))
+
+
+# Layers that PyTorch's own kernels compute as a whole, for inputs of these shapes.
+NATIVE = {
+    "few samples": ((16, 3), keras_bn.BatchNormalization, {}),
+    "few rows": ((5, 6), keras_bn.LayerNormalization, {}),
+    "rows": ((40, 3), keras_bn.LayerNormalization, {}),
+    "groups": ((2, 4, 5), keras_bn.GroupNormalization, {"groups": 2, "axis": 1}),
+}
+
+
+@pytest.mark.parametrize(("shape", "kind", "options"), NATIVE.values(), ids=NATIVE)
+@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+def test_gradients_through_native_kernels_pass_torchs_own_check(check, shape, kind, options):
+    layer = kind(dtype="float64", **options)
+    layer.build(shape)
+    sizes = [(1, *shape), *(w.shape for w in layer.trainable_variables)]
+    x, *learned = (sample(*size, seed=i).requires_grad_() for i, size in enumerate(sizes))
+    fixed = layer.non_trainable_variables
+    how = {"training": True} if fixed else {}
+
+    def normalized(x, *learned):
+        return layer.stateless_call(learned, fixed, x[0] - 3, **how)[0]
+
+    assert check(normalized, (x, *learned))
 
 
 def test_func_grad_is_autograd_grad():

@@ -44,7 +44,7 @@ DIFFERENCE_OF_SQUARES = {
     ),
 }[IS_JAX]
 UNMASKED_GRADIENT = {
-    False: (STEPS, "affine.center, terms, weights, outer", "affine.center, terms, None, outer"),
+    False: (STEPS, "*line), weights, outer", "*line), None, outer"),
     True: (
         JAX,
         "dx = _masked(tangents[0].astype(pivot.dtype), weights)",
@@ -144,8 +144,8 @@ FAULTS = {
     ),
     "epsilon outside the root": Fault(
         "core/affine.py",
-        "1.0 / native.sqrt(moments.variance + epsilon)",
-        "1.0 / (native.sqrt(moments.variance) + epsilon)",
+        "native.sqrt(moments.variance + epsilon)",
+        "native.sqrt(moments.variance) + epsilon",
         FUZZ.format(3),
     ),
     "last digits of the mean dropped": Fault(
@@ -339,6 +339,12 @@ if BACKEND == "torch":
             "is_near = True",
             "tests/layers/test_columns.py",
         ),
+        "few samples that are far from 0 left to the native kernel": Fault(
+            "kernels/torch/batches.py",
+            "if torch.addcmul(variance, mean, mean, value=-1 / _NEAR).min().item() < 0:",
+            "if False:",
+            "tests/layers/test_columns.py -k few",
+        ),
         "groups that are far from 0 left to the native kernel": Fault(
             "kernels/torch/groups.py",
             "if not are_near(mean, inverse):",
@@ -358,7 +364,7 @@ if BACKEND == "torch":
             "tests/layers/test_fixup.py -k half_a_million",
         ),
         "gradients of replicas not summed": Fault(
-            STEPS, "level, slope = across.total(ops.stack([level, slope]))", "pass", PAIRS
+            STEPS, "terms = across.total(ops.stack(terms))", "pass", PAIRS
         ),
         "gathered without the adjoint": Fault(
             REPLICAS,

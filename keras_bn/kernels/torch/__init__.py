@@ -5,6 +5,7 @@ import torch
 from keras_bn.kernels.steps import Kernel
 from keras_bn.kernels.torch import passes
 from keras_bn.kernels.torch.autograd import run
+from keras_bn.kernels.torch.batches import normalize_batch
 from keras_bn.kernels.torch.groups import normalize_groups
 from keras_bn.kernels.torch.rows import normalize_rows
 from keras_bn.types import Tensor
@@ -15,6 +16,7 @@ __all__ = [
     "is_compiling",
     "moments",
     "normalize",
+    "normalize_batch",
     "normalize_groups",
     "normalize_rows",
 ]

@@ -38,11 +38,15 @@ class _Differentiable(torch.autograd.Function):
         ctx.step, ctx.number = step, len(outputs)
         ctx.save_for_backward(*inputs)
         ctx.mark_non_differentiable(*others)
+        # For results without gradient PyTorch would make zeros.
+        ctx.set_materialize_grads(len(outputs) > 1)
         return (*outputs, *others)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         step, inputs, constants = ctx.step, ctx.saved_tensors, ctx.constants
+        if grads[0] is None:
+            return None, *(None for _ in inputs)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # This gradient is to be differentiated, and the passes cannot be.
             _, gradient = torch.func.vjp(lambda *inputs: step.plain(inputs, constants)[0], *inputs)

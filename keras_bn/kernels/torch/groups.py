@@ -55,7 +55,7 @@ def normalize_groups(
         return tuple(gradients)
 
     def plain(inputs: Any, _: Any) -> Any:
-        plan = Plan(pooling, epsilon, dtype, lambda _: None)
+        plan = Plan(pooling, epsilon, dtype)
         return normalize(generic, inputs[0], learned.filled(inputs[1:]), plan)[:1], ()
 
     step = Step(lambda *_: ((y,), (), (mean, inverse)), backward, plain)

@@ -21,6 +21,8 @@ Axes = tuple[int, ...]
 
 # Elements of a piece: 2 MiB in float32, which the cores' caches hold beside a copy.
 _PIECE = 1 << 19
+# Elements up to which an operation takes no longer than to ask for it.
+_SMALL = 1 << 14
 # Up to so many terms, a sum is not cut; nor is what has one value for so many elements.
 _FEW = 64
 
@@ -137,7 +139,7 @@ def mapped(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> T
         return torch.add(z if gamma is None else z.mul_(gamma), beta, out=out)
 
     center, scale, shift = affine
-    return _made(line, getattr(torch, dtype), x, _unless_zero(center), scale, shift, *learned)
+    return _made(line, getattr(torch, dtype), x, _unless_zero(center, x), scale, shift, *learned)
 
 
 def _standard(x: Tensor, center: Any, scale: Tensor, shift: Any, out: Any = None) -> Tensor:
@@ -148,11 +150,12 @@ def _standard(x: Tensor, center: Any, scale: Tensor, shift: Any, out: Any = None
     )
 
 
-def _unless_zero(center: Tensor | None) -> Tensor | None:
-    """Return None for 0, where that can be seen without waiting for a device."""
+def _unless_zero(center: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return None for 0, where to see that costs less than to subtract it."""
     if center is None or torch.compiler.is_compiling() or center.device.type != "cpu":
         return center
-    return center if center.any() else None
+    is_worth_it = x.numel() > max(_SMALL, _FEW * center.numel())
+    return None if is_worth_it and not center.any() else center
 
 
 def scaled(x: Tensor, scale: Tensor, dtype: str) -> Tensor:
@@ -181,7 +184,7 @@ def combined(
         values = weighted(values, w)
         return torch.addcmul(values, d if g is None else d * g, a, out=out)
 
-    return _made(line, x.dtype, x, dy, _unless_zero(center), weights, gamma, *terms)
+    return _made(line, x.dtype, x, dy, _unless_zero(center, x), weights, gamma, *terms)
 
 
 def weighted(values: Tensor, weights: Tensor | None) -> Tensor:

@@ -68,7 +68,7 @@ def normalize_rows(
         y, mean, inverse = torch.native_layer_norm(x, shape, *flat(learned.given), epsilon)
         if are_near(mean, inverse):
             return y.to(getattr(torch, dtype))
-    plan = Plan(Pooling(axes), epsilon, dtype, lambda _: None)
+    plan = Plan(Pooling(axes), epsilon, dtype)
 
     def forward(x: Tensor, *given: Tensor) -> Any:
         y, seen = _standardized(x, shape, flat(given), epsilon)

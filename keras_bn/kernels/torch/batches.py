@@ -1,0 +1,50 @@
+"""Batch normalization of a few rows by PyTorch's own kernel as a whole, kept right.
+
+As in `rows` and `groups`: that kernel adds one by one, which so few rows allow, and its statistics
+are right for what is near 0. Of so little Python takes most of the time, and this is one call.
+"""
+
+import torch
+
+from keras_bn.core.affine import Learned
+from keras_bn.core.moments import Moments
+from keras_bn.kernels.normalization import Plan
+from keras_bn.kernels.torch.autograd import is_transformed
+from keras_bn.kernels.torch.rows import is_dense
+from keras_bn.types import Tensor
+
+# Rows that the kernel adds one by one; of fewer, some channels of many lie far from 0.
+_MOST, _FEWEST = 32, 16
+# κ² up to which its statistics are right.
+_NEAR = 4.0
+
+
+def normalize_batch(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments] | None:
+    """Return y and the moments, as `keras_bn.kernels.normalize`; None where this does not serve."""
+    if not _are_few(x, learned, plan):
+        return None
+    axes = plan.pooling.axes
+    sizes = x.shape[len(axes) :]
+    rows = x.numel() // sizes.numel()
+    flat = [None if part is None else part.flatten() for part in learned]
+    # What is moved all the way is what the batch has.
+    mean, variance = x.new_zeros(2, sizes.numel())
+    matrix = x.view(rows, -1)
+    y, *_ = torch.native_batch_norm(matrix, *flat, mean, variance, True, 1.0, plan.epsilon)
+    if torch.addcmul(variance, mean, mean, value=-1 / _NEAR).min().item() < 0:
+        return None
+    mean, m2 = (part.view(*(1 for _ in axes), *sizes) for part in (mean, variance * (rows - 1)))
+    return y.view(x.shape), Moments(rows, mean, torch.zeros_like(mean), m2)
+
+
+def _are_few(x: Tensor, learned: Learned, plan: Plan) -> bool:
+    """Say whether each set is a column of a matrix of few rows, and nothing else is to do."""
+    axes, weights, total, *_, across = plan.pooling
+    is_more = any(part is not None for part in (weights, total, across, plan.correct))
+    if is_more or axes != tuple(range(len(axes))) or not is_dense(x, plan.dtype):
+        return False
+    columns = x.shape[len(axes) :].numel()
+    parts = learned.given
+    is_alike = all(part.numel() == columns and part.dtype == x.dtype for part in parts)
+    is_few = _FEWEST * columns <= x.numel() <= _MOST * columns
+    return is_alike and is_few and not is_transformed(x, *parts)
