@@ -197,6 +197,17 @@ def test_a_checkpoint_changes_no_gradient():
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("kept", [(), ("center",), ("center", "scale")], ids=len)
+def test_inference_compiles_whole_with_any_number_of_parameters(kept):
+    options = {name: name in kept for name in ("center", "scale")}
+    layer = keras_bn.GroupNormalization(2, **options)
+    layer.build((None, 5, 4))
+    x = sample(3, 5, 4, dtype=torch.float32)
+    with torch.no_grad():
+        found = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+        assert torch.allclose(found, layer(x), atol=1e-6)
+
+
 def test_a_compiled_sum_is_as_wide_as_it_is_asked_for():
     values = sample(4096, 3, dtype=torch.bfloat16)
     total = torch.compile(lambda v: sum_over(v, (0,), torch.float64), backend="aot_eager")(values)

@@ -19,6 +19,10 @@ def run(step: Step, *inputs: Tensor) -> tuple[Tensor, ...]:
     if not torch.compiler.is_compiling() and is_transformed(*inputs):
         outputs, others = step.plain(inputs, None)
         return (*outputs, *others)
+    if not torch.is_grad_enabled():
+        # The compiler would mistake the arguments of a function of two inputs (torch 2.13).
+        outputs, others, _ = step.forward(*inputs)
+        return (*outputs, *others)
     results: tuple[Tensor, ...] = _Differentiable.apply(step, *inputs)
     return results
 
