@@ -212,3 +212,17 @@ def test_a_compiled_sum_is_as_wide_as_it_is_asked_for():
     values = sample(4096, 3, dtype=torch.bfloat16)
     total = torch.compile(lambda v: sum_over(v, (0,), torch.float64), backend="aot_eager")(values)
     assert torch.allclose(total, values.double().sum(0, keepdim=True), rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"), [((64, 1024), (1,)), ((4096, 32), (0,)), ((3, 56, 56, 16), (1, 2))]
+)
+@pytest.mark.parametrize("is_dense", [True, False], ids=["dense", "transposed"])
+def test_compiled_sums_do_not_add_up_their_rounding_errors(shape, axes, is_dense):
+    rng = np.random.default_rng(0)
+    for values in (np.full(shape, 0.1), 0.1 * rng.integers(0, 2, shape)):
+        exact = values.astype("float32").astype("float64").sum(axes, keepdims=True)
+        x = torch.from_numpy(values.astype("float32"))
+        x = x if is_dense else x.transpose(0, -1).contiguous().transpose(0, -1)
+        function = torch.compile(lambda x: sum_over(x, axes, torch.float32), fullgraph=True)
+        assert hard.share(function(x).numpy() - exact, 8 * U * exact) <= 1

@@ -1,5 +1,7 @@
 """Sums in PyTorch that do not lose digits however many terms there are."""
 
+import math
+
 import torch
 
 from keras_bn.types import Tensor
@@ -14,11 +16,36 @@ def sum_over(values: Tensor, axes: Axes, dtype: torch.dtype) -> Tensor:
     if not torch.compiler.is_compiling() or values.device.type != "cpu":
         return _in_blocks(values, axes, dtype)
     # torch 2.13: inductor's loops on the CPU add one by one (48 units in the last place for 4096
-    # elements) where eager kernels sum in blocks. float64 is fused and costs no copy.
+    # elements) where eager kernels sum in blocks.
     if dtype == torch.float64:
         total: Tensor = torch.ops.keras_bn.eager_sum(values.to(dtype), axes)
         return total
-    return values.sum(axes, keepdim=True, dtype=torch.float64).to(dtype)
+    return _in_short_blocks(values, axes, dtype)
+
+
+# Elements that a loop may add one by one, and the vector that it adds at a time along memory.
+_BLOCK, _VECTOR = 32, 8
+# Up to so many terms a sum is no loop, but made again wherever it is used (torch 2.13).
+_INLINED = 8
+
+
+def _in_short_blocks(values: Tensor, axes: Axes, dtype: torch.dtype) -> Tensor:
+    """Sum by compiled loops: blocks along one axis, and their sums in float64."""
+    # Here, because it takes half a second, and nobody needs it who does not compile.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    axis = max(axes)
+    size = values.shape[axis]
+    room = _BLOCK * _VECTOR if statically_known_true(values.stride(axis) == 1) else _BLOCK
+    number = math.prod([values.shape[axis] for axis in axes])
+    if statically_known_true(number > room):
+        room = min(room, number // (_INLINED + 1))
+    # A size that varies from call to call is not known to be a multiple of any.
+    block = next((b for b in range(room, 3, -1) if statically_known_true(size % b == 0)), None)
+    if block is None:
+        return values.sum(axes, keepdim=True, dtype=torch.float64).to(dtype)
+    blocks = values.unflatten(axis, (size // block, block)).sum(axis + 1, dtype=dtype)
+    return blocks.sum(axes, keepdim=True, dtype=torch.float64).to(dtype)
 
 
 def _in_blocks(values: Tensor, axes: Axes, dtype: torch.dtype) -> Tensor:
