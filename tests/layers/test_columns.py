@@ -90,3 +90,29 @@ def test_variance_about_0_is_within_the_contract(mean, draw, run):
     exact = x.var(0, dtype="float64")
     found = keras.ops.convert_to_numpy(layer.moving_variance).astype("float64")
     assert hard.share(found - exact, 8 * U * exact) <= 1
+
+
+@pytest.mark.parametrize("given", ["float32", "bfloat16"])
+@pytest.mark.parametrize("learns", [True, False], ids=["learns", "learns nothing"])
+def test_few_samples_have_the_same_statistics_in_mixed_precision(given, learns):
+    x, _ = drawn("normal", 1.0, (32, 96), 1)
+    x = keras.ops.cast(keras.ops.convert_to_tensor(x), given)
+    layer = keras_bn.BatchNormalization(
+        momentum=0.0, center=learns, scale=learns, dtype="mixed_bfloat16"
+    )
+    y = layer(x, training=True)
+    assert keras.backend.standardize_dtype(y.dtype) == "bfloat16"
+    exact = keras.ops.convert_to_numpy(keras.ops.cast(x, "float32")).var(0, dtype="float64")
+    found = keras.ops.convert_to_numpy(layer.moving_variance).astype("float64")
+    assert hard.share(found - exact, 8 * U * exact) <= 1
+
+
+def test_a_nan_in_one_channel_does_not_let_another_far_from_0_pass_for_near():
+    x, _ = drawn("normal", "one", (32, 96), 1)
+    x[5, 7] = np.nan
+    layer = keras_bn.BatchNormalization(momentum=0.0)
+    y = keras.ops.convert_to_numpy(layer(x, training=True))
+    exact = x.mean(0, dtype="float64"), x.std(0, dtype="float64")
+    z = (x[:, 0] - exact[0][0]) / np.sqrt(exact[1][0] ** 2 + layer.epsilon)
+    assert hard.share(y[:, 0] - z, 8 * U * (2 + np.abs(z))) <= 1
+    assert np.isnan(y[:, 7]).all()

@@ -31,10 +31,12 @@ def normalize_batch(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Mo
     mean, variance = x.new_zeros(2, sizes.numel())
     matrix = x.view(rows, -1)
     y, *_ = torch.native_batch_norm(matrix, *flat, mean, variance, True, 1.0, plan.epsilon)
-    if torch.addcmul(variance, mean, mean, value=-1 / _NEAR).min().item() < 0:
+    # The least is NaN where one is.
+    if not torch.addcmul(variance, mean, mean, value=-1 / _NEAR).min().item() >= 0:
         return None
     mean, m2 = (part.view(*(1 for _ in axes), *sizes) for part in (mean, variance * (rows - 1)))
-    return y.view(x.shape), Moments(rows, mean, torch.zeros_like(mean), m2)
+    y = y.view(x.shape).to(getattr(torch, plan.dtype))
+    return y, Moments(rows, mean, torch.zeros_like(mean), m2)
 
 
 def _are_few(x: Tensor, learned: Learned, plan: Plan) -> bool:
@@ -44,7 +46,8 @@ def _are_few(x: Tensor, learned: Learned, plan: Plan) -> bool:
     if is_more or axes != tuple(range(len(axes))) or not is_dense(x, plan.dtype):
         return False
     columns = x.shape[len(axes) :].numel()
-    parts = learned.given
-    is_alike = all(part.numel() == columns and part.dtype == x.dtype for part in parts)
+    is_alike = all(part.numel() == columns for part in learned.given)
     is_few = _FEWEST * columns <= x.numel() <= _MOST * columns
-    return is_alike and is_few and not is_transformed(x, *parts)
+    # Half precision would have statistics of its own.
+    is_wide = x.dtype in (torch.float32, torch.float64)
+    return is_alike and is_few and is_wide and not is_transformed(x, *learned.given)
