@@ -24,6 +24,11 @@ CASES = {
     "images": ((16, 12, 12, 32), keras_bn.BatchNormalization, (0, 1, 2)),
     "channels first": ((16, 32, 12, 12), lambda: keras_bn.BatchNormalization(axis=1), (0, 2, 3)),
     "ghosts": ((64, 512), lambda: keras_bn.BatchNormalization(virtual_batch_size=8), (0,)),
+    "ghosts of 32": (
+        (64, 512),
+        lambda: keras_bn.BatchNormalization(virtual_batch_size=32),
+        (0,),
+    ),
     "instances": ((4, 32, 32, 24), keras_bn.InstanceNormalization, (1, 2)),
     "instances, channels first": (
         (4, 24, 32, 32),
@@ -32,6 +37,8 @@ CASES = {
     ),
     "a row each, channels first": ((6, 4, 999), lambda: keras_bn.GroupNormalization(-1, 1), (2,)),
 }
+# Sample i belongs to ghost i mod their number.
+GHOSTS = {"ghosts": (8, 8, 512), "ghosts of 32": (32, 2, 512)}
 # Signs have equal squares: their rounding errors add up.
 DRAWS = {
     "normal": lambda rng, shape: rng.standard_normal(shape),
@@ -68,8 +75,7 @@ def test_one_pass_is_taken_only_where_it_is_right(case, mean, draw, run):
     found = run(layer, x, dy, **({"training": True} if is_batch else {}))
     kappa = 1e3 if mean == "one" else 1 + MEANS[mean]
     assert hard.share(found.y - wanted.y, 8 * U * (1 + np.abs(wanted.y) + 8 * kappa * U)) <= 1
-    # Sample i belongs to ghost i mod 8.
-    sets = (8, 8, 512) if case == "ghosts" else shape
+    sets = GHOSTS.get(case, shape)
     s = np.sqrt(x.reshape(sets).var(axes, dtype="float64", keepdims=True) + hard.EPSILON)
     z, d, error = (part.reshape(sets) for part in (wanted.y, dy, found.dx - wanted.dx))
     assert hard.share(error, hard.gradient_bound(z, s, d, axes, "float32")) <= 1
