@@ -20,6 +20,7 @@ CASES = {
         lambda: keras_bn.BatchNormalization(center=False, scale=False),
         (0,),
     ),
+    "one column": ((20_000, 1), keras_bn.BatchNormalization, (0,)),
     "many rows": ((20_000, 8), keras_bn.BatchNormalization, (0,)),
     "images": ((16, 12, 12, 32), keras_bn.BatchNormalization, (0, 1, 2)),
     "channels first": ((16, 32, 12, 12), lambda: keras_bn.BatchNormalization(axis=1), (0, 2, 3)),
