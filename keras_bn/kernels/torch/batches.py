@@ -10,13 +10,11 @@ from keras_bn.core.affine import Learned
 from keras_bn.core.moments import Moments
 from keras_bn.kernels.normalization import Plan
 from keras_bn.kernels.torch.autograd import is_transformed
-from keras_bn.kernels.torch.rows import is_dense
+from keras_bn.kernels.torch.rows import NEAR, is_dense
 from keras_bn.types import Tensor
 
 # Rows that the kernel adds one by one; of fewer, some channels of many lie far from 0.
 _MOST, _FEWEST = 32, 16
-# κ² up to which its statistics are right.
-_NEAR = 4.0
 
 
 def normalize_batch(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments] | None:
@@ -32,7 +30,7 @@ def normalize_batch(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Mo
     matrix = x.view(rows, -1)
     y, *_ = torch.native_batch_norm(matrix, *flat, mean, variance, True, 1.0, plan.epsilon)
     # The least is NaN where one is.
-    if not torch.addcmul(variance, mean, mean, value=-1 / _NEAR).min().item() >= 0:
+    if not torch.addcmul(variance, mean, mean, value=-(NEAR**-2)).min().item() >= 0:
         return None
     mean, m2 = (part.view(*(1 for _ in axes), *sizes) for part in (mean, variance * (rows - 1)))
     y = y.view(x.shape).to(getattr(torch, plan.dtype))

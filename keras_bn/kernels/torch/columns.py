@@ -20,7 +20,7 @@ Axes = tuple[int, ...]
 # Rows that a kernel adds one by one, and the fewest that make it worth while.
 _MOST, _FEWEST = 32, 8
 # Elements of a matrix below which Python takes longer than the sums.
-_SMALL = 1 << 14
+SMALL = 1 << 14
 # κ up to which one pass is right: each row may add a rounding error of the size of the mean.
 _NEAR = 2.0
 
@@ -76,7 +76,7 @@ class _Matrices(NamedTuple):
 
 def _matrices(x: Tensor, axes: Axes) -> _Matrices | None:
     """Return the view of a tensor; None where these kernels do not serve."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() < _SMALL:
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() < SMALL:
         return None
     return _seen(tuple(x.shape), x.stride(), axes)
 
@@ -95,7 +95,7 @@ def _seen(shape: tuple[int, ...], strides: tuple[int, ...], axes: Axes) -> _Matr
     number, height = prod(sizes[:first]), prod(sizes[first:inner])
     lengths = range(min(_MOST, height), _FEWEST - 1, -1)
     rows = next((rows for rows in lengths if height % rows == 0), None)
-    if rows is None or prod(sizes[first:]) < _SMALL:
+    if rows is None or prod(sizes[first:]) < SMALL:
         return None
     cells = (number, height // rows, *sizes[inner:])
     pooled = (1, *(2 + i for i, size in enumerate(sums[inner:]) if size == 1))

@@ -21,8 +21,6 @@ Axes = tuple[int, ...]
 
 # Elements of a piece: 2 MiB in float32, which the cores' caches hold beside a copy.
 _PIECE = 1 << 19
-# Elements up to which an operation takes no longer than to ask for it.
-_SMALL = 1 << 14
 # Up to so many terms, a sum is not cut; nor is what has one value for so many elements.
 _FEW = 64
 
@@ -154,7 +152,7 @@ def _unless_zero(center: Tensor | None, x: Tensor) -> Tensor | None:
     """Return None for 0, where to see that costs less than to subtract it."""
     if center is None or torch.compiler.is_compiling() or center.device.type != "cpu":
         return center
-    is_worth_it = x.numel() > max(_SMALL, _FEW * center.numel())
+    is_worth_it = x.numel() > max(columns.SMALL, _FEW * center.numel())
     return None if is_worth_it and not center.any() else center
 
 

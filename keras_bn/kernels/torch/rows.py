@@ -24,7 +24,7 @@ from keras_bn.types import Tensor
 Axes = tuple[int, ...]
 
 # κ up to which the kernel's own statistics are within the contract.
-_NEAR = 2.0
+NEAR = 2.0
 # Rows that the kernel adds one by one for gamma, whose terms differ (the sum of n rows that are all
 # the same is off by n/4 units in the last place), and for beta, whose terms often do not.
 _ROWS, _FEW_ROWS = 1 << 14, 32
@@ -103,7 +103,7 @@ def is_dense(x: Tensor, dtype: str) -> bool:
 
 def are_near(mean: Tensor, inverse: Tensor) -> bool:
     """Say whether rows are so near to 0 that the kernel's statistics are right."""
-    return bool((mean * inverse).abs_().max().item() <= _NEAR)
+    return bool((mean * inverse).abs_().max().item() <= NEAR)
 
 
 def _standardized(x: Tensor, shape: Any, learned: Any, epsilon: float) -> tuple[Tensor, _Seen]:
