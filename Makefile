@@ -36,8 +36,10 @@ bench: known-KERAS_BACKEND $(STAMPS)/$(KERAS_BACKEND) $(STAMPS)/examples  ## tim
 test: known-BACKENDS $(SUITE_NEEDS:%=$(STAMPS)/%)  ## run the suite (BACKENDS="jax torch", ARGS="-k moments")
 	@$(BIN)/python tests/run_suite.py --backends="$(BACKENDS)" $(ARGS)
 
-test-oldest:  ## run the suite on the oldest supported Keras, with PyTorch
-	@$(MAKE) --no-print-directory test VENV=.venv-oldest BACKENDS=torch \
+# Only tests that ask something of Keras.
+test-oldest: ARGS ?= tests/core tests/layers tests/models
+test-oldest:  ## test on the oldest supported Keras, with PyTorch
+	@$(MAKE) --no-print-directory test VENV=.venv-oldest BACKENDS=torch ARGS="$(ARGS)" \
 		SUITE_NEEDS="torch dev examples oldest-keras"
 
 lint: $(STAMPS)/dev  ## ruff and mypy

@@ -26,6 +26,7 @@ DEFAULTS = {
     "TF_NUM_INTRAOP_THREADS": "1",
     "TF_NUM_INTEROP_THREADS": "1",
     "TF_CPP_MIN_LOG_LEVEL": "2",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 PYTEST = [sys.executable, "-m", "pytest", "--quiet", "-n", "2", "--dist", "worksteal"]
 
@@ -36,9 +37,11 @@ def run_pytest(name: str, backend: str, arguments: list[str]) -> Counter[str]:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
+        # Many tests compile the same programs, and so do both workers.
+        shared = {"JAX_COMPILATION_CACHE_DIR": folder}
         code = subprocess.run(
             [*PYTEST, f"--junit-xml={report}", *arguments],
-            env=DEFAULTS | os.environ | {"KERAS_BACKEND": backend},
+            env=DEFAULTS | shared | os.environ | {"KERAS_BACKEND": backend},
             check=False,
         ).returncode
         counts = count_outcomes(report)

@@ -43,6 +43,12 @@ COARSE: dict[str, Callable] = {
     "ones and zeros": lambda rng, n: 1.0 * (rng.uniform(size=n) < 0.9),
 }
 
+# Each array of them has squares of its own, but few.
+EQUAL: dict[str, Callable] = {
+    "multiples": lambda rng, n: rng.uniform(1, 2) * rng.integers(-2, 3, n),
+    "two values": lambda rng, n: rng.uniform(1, 2) * rng.permutation(np.resize([-1, 1], n)),
+}
+
 # What float16 can hold: 65504 is its largest number, 2^-24 its smallest.
 HALF_KINDS: dict[str, Callable] = {
     "near 65504": lambda rng, n: 65504.0 - 32 * rng.integers(0, 9, n),

@@ -145,6 +145,15 @@ def test_equal_values_do_not_add_up_their_rounding_errors(mode, shape, kept):
     assert hard.share(found.variance - exact.variance, hard.variance_bound(exact, U)) <= 1
 
 
+# As many terms as a compiler may well add one by one, of which each sum errs the same way.
+@pytest.mark.parametrize("mode", modes.EXTREMES)
+@pytest.mark.parametrize(("shape", "kept"), [((32, 900), 1), ((900, 32), 0), ((4, 16, 384), 2)])
+def test_equal_terms_of_one_block_err_within_the_bound(mode, shape, kept):
+    x = hard.channels(shape, kept, kinds=hard.EQUAL)
+    exact, found = run(x, kept, mode=mode)
+    assert hard.share(found.variance - exact.variance, hard.variance_bound(exact, U)) <= 1
+
+
 @pytest.mark.parametrize("mode", modes.EXTREMES)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_has_the_statistics_of_float32(mode, dtype):

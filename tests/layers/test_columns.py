@@ -44,6 +44,7 @@ GHOSTS = {"ghosts": (8, 8, 512), "ghosts of 32": (32, 2, 512)}
 DRAWS = {
     "normal": lambda rng, shape: rng.standard_normal(shape),
     "signs": lambda rng, shape: np.sign(rng.standard_normal(shape)),
+    "multiples": lambda rng, shape: rng.integers(-2, 3, shape) * rng.uniform(1, 2, shape[-1]),
 }
 # κ: on both sides of where one pass stops to be enough, and one channel far from the others.
 MEANS = {"0": 0.0, "1": 1.0, "2": 1.99, "3": 3.0, "10": 10.0, "one": "one"}
@@ -64,7 +65,7 @@ def drawn(draw, mean, shape, axis):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("mean", MEANS)
-@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("draw", ["normal", "signs"])
 def test_one_pass_is_taken_only_where_it_is_right(case, mean, draw, run):
     shape, make, axes = CASES[case]
     axis = 1 if "channels first" in case else len(shape) - 1
@@ -89,8 +90,9 @@ def test_one_pass_is_taken_only_where_it_is_right(case, mean, draw, run):
 
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("mean", [m for m in MEANS if m != "one"])
-def test_variance_about_0_is_within_the_contract(mean, draw, run):
-    x, dy = drawn(draw, MEANS[mean], (64, 512), 1)
+@pytest.mark.parametrize("rows", [32, 64])
+def test_variance_about_0_is_within_the_contract(mean, draw, rows, run):
+    x, dy = drawn(draw, MEANS[mean], (rows, 900), 1)
     layer = keras_bn.BatchNormalization(momentum=0.0)
     layer.build(x.shape)
     run(layer, x, dy, training=True)
@@ -102,7 +104,7 @@ def test_variance_about_0_is_within_the_contract(mean, draw, run):
 @pytest.mark.parametrize("given", ["float32", "bfloat16"])
 @pytest.mark.parametrize("learns", [True, False], ids=["learns", "learns nothing"])
 def test_few_samples_have_the_same_statistics_in_mixed_precision(given, learns):
-    x, _ = drawn("normal", 1.0, (20, 96), 1)
+    x, _ = drawn("normal", 1.0, (32, 96), 1)
     x = keras.ops.cast(keras.ops.convert_to_tensor(x), given)
     layer = keras_bn.BatchNormalization(
         momentum=0.0, center=learns, scale=learns, dtype="mixed_bfloat16"

@@ -359,7 +359,7 @@ if BACKEND == "torch":
         ),
         "long blocks added one by one by compiled loops": Fault(
             "kernels/torch/sums.py",
-            "_BLOCK, _VECTOR = 32, 8",
+            "_BLOCK, _VECTOR = 16, 8",
             "_BLOCK, _VECTOR = 4096, 8",
             "tests/kernels/test_torch.py -k compiled_sums",
         ),

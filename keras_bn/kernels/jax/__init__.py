@@ -29,6 +29,8 @@ def moments(x: Tensor, axes: tuple[int, ...], weights: Tensor | None = None) -> 
     return Moments(count, jax.lax.stop_gradient(pivot), offset, m2)
 
 
+# Half of the terms that XLA adds one by one.
+_HALF = 16
 # The longest axis, and the fewest sums, of `_is_short`.
 _SHORT, _MANY = 64, 4096
 
@@ -41,9 +43,9 @@ def _moments(
     zero = jnp.zeros((), statistics_dtype(str(x.dtype)))
     pivot = settled(_total(_masked(x - zero, weights), weights, axes) / count)
     deviation = _masked(x - pivot, weights)
-    first = _total(deviation, weights, axes)
+    first = _total(deviation, weights, axes, in_halves=True)
     offset = first / count
-    second = _total(jnp.square(deviation), weights, axes)
+    second = _total(jnp.square(deviation), weights, axes, in_halves=True)
     return pivot, offset, jnp.maximum(second - first * offset, zero)
 
 
@@ -70,7 +72,9 @@ def _weighted(values: Tensor, weights: Tensor | None) -> Tensor:
     return values if weights is None else values * weights
 
 
-def _total(values: Tensor, weights: Tensor | None, axes: tuple[int, ...]) -> Tensor:
+def _total(
+    values: Tensor, weights: Tensor | None, axes: tuple[int, ...], in_halves: bool = False
+) -> Tensor:
     """Sum over `axes`, weighted, axes kept."""
     # XLA sums blocks of 32 along each axis, so half a million elements of one axis cost no digits;
     # of several axes it sums blocks of 32·32 and more one by one (jax 0.10, CPU). So one axis goes
@@ -80,8 +84,22 @@ def _total(values: Tensor, weights: Tensor | None, axes: tuple[int, ...]) -> Ten
         ones = jnp.ones((1, values.shape[0]), values.dtype)
         return _times(ones, values)
     for axis in reversed(axes):
+        if in_halves and _is_block(values.shape[axis]):
+            values = settled(jnp.sum(_halves(values, axis), axis + 1))
         values = settled(jnp.sum(values, axis, keepdims=True))
     return values
+
+
+def _is_block(size: Any) -> bool:
+    """Say whether a sum of squares, equal or nearly so, can miss the bound of a variance."""
+    return isinstance(size, int) and _HALF < size <= 2 * _HALF  # in an export it is a symbol
+
+
+def _halves(values: Tensor, axis: int) -> Tensor:
+    """Split an axis in two, one for the halves and one along them; an odd size grows by a 0."""
+    before, (size, *after) = values.shape[:axis], values.shape[axis:]
+    even = jnp.pad(values, [(0, size % 2) if a == axis else (0, 0) for a in range(values.ndim)])
+    return even.reshape(*before, 2, -1, *after)
 
 
 def _is_short(shape: tuple[int, ...], axes: tuple[int, ...]) -> bool:
@@ -101,7 +119,7 @@ def _times(ones: Tensor, values: Tensor) -> Tensor:
 def second_moments(x: Tensor, axes: tuple[int, ...]) -> Moments:
     """Return the moments of `x` about 0, which stands for the mean; see `keras_bn.kernels`."""
     zero = jnp.zeros((), statistics_dtype(str(x.dtype)))
-    m2 = _total(jnp.square(x + zero), None, axes)
+    m2 = _total(jnp.square(x + zero), None, axes, in_halves=True)
     count: Any = math.prod(x.shape[axis] for axis in axes)
     return Moments(count, jnp.zeros_like(m2), jnp.zeros_like(m2), m2)
 

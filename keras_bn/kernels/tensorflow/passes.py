@@ -10,6 +10,7 @@ from keras_bn.core.dtypes import statistics_dtype
 from keras_bn.kernels.tensorflow.sums import (
     made_and_summed,
     squares_over,
+    sum_in_short_blocks,
     sum_over,
     weighted_sum_over,
 )
@@ -43,9 +44,10 @@ def deviations(
     """Return Σ w·(x - pivot) and Σ w·(x - pivot)²."""
     deviation = tf.cast(x, pivot.dtype) - pivot
     if weights is None:
-        return sum_over(deviation, axes), squares_over(deviation, axes)
-    first = sum_over(weighted(deviation, weights), axes)
-    return first, sum_over(weighted(tf.square(deviation), weights), axes)
+        return sum_in_short_blocks(deviation, axes), squares_over(deviation, axes)
+    # Of equal deviations the squares' sum less the square of theirs is 0 where both go alike.
+    first = sum_in_short_blocks(weighted(deviation, weights), axes)
+    return first, sum_in_short_blocks(weighted(tf.square(deviation), weights), axes)
 
 
 def products(

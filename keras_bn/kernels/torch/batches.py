@@ -25,14 +25,14 @@ def normalize_batch(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Mo
     sizes = x.shape[len(axes) :]
     rows = x.numel() // sizes.numel()
     flat = [None if part is None else part.flatten() for part in learned]
-    # What is moved all the way is what the batch has.
-    mean, variance = x.new_zeros(2, sizes.numel())
     matrix = x.view(rows, -1)
-    y, *_ = torch.native_batch_norm(matrix, *flat, mean, variance, True, 1.0, plan.epsilon)
+    y, *_ = torch.native_batch_norm(matrix, *flat, None, None, True, 1.0, plan.epsilon)
+    # Added one by one, the kernel's own are as right as y has to be, not as what is kept of them.
+    variance, mean = torch.var_mean(matrix.detach(), 0, correction=0)
     # The least is NaN where one is.
     if not torch.addcmul(variance, mean, mean, value=-(NEAR**-2)).min().item() >= 0:
         return None
-    mean, m2 = (part.view(*(1 for _ in axes), *sizes) for part in (mean, variance * (rows - 1)))
+    mean, m2 = (part.view(*(1 for _ in axes), *sizes) for part in (mean, variance * rows))
     y = y.view(x.shape).to(getattr(torch, plan.dtype))
     return y, Moments(rows, mean, torch.zeros_like(mean), m2)
 

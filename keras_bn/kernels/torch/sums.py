@@ -23,8 +23,9 @@ def sum_over(values: Tensor, axes: Axes, dtype: torch.dtype) -> Tensor:
     return _in_short_blocks(values, axes, dtype)
 
 
-# Elements that a loop may add one by one, and the vector that it adds at a time along memory.
-_BLOCK, _VECTOR = 32, 8
+# Elements that a loop may add one by one (32, equal or nearly so, can miss the contract's bound),
+# and the vector that it adds at a time along memory.
+_BLOCK, _VECTOR = 16, 8
 # Up to so many terms a sum is no loop, but made again wherever it is used (torch 2.13).
 _INLINED = 8
 
