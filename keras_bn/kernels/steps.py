@@ -140,7 +140,7 @@ class _Forward(NamedTuple):
     def moments(self, x: Tensor, axes: Axes, weights: Tensor | None) -> Moments:
         """Two passes: the mean, and the deviations from it; one where the backend knows how."""
         passes = self.passes
-        count = passes.number(x, axes) if weights is None else passes.total(weights, None, axes)
+        count = passes.number(x, axes) if weights is None else self._count(x, axes, weights)
         divisor = positive(count)
         is_able = weights is None and hasattr(passes, "moments")
         found = passes.moments(x, axes) if is_able else None
@@ -152,6 +152,13 @@ class _Forward(NamedTuple):
         offset = first / divisor
         # The pivot is the rounded mean, so this subtracts next to nothing.
         return Moments(count, pivot, offset, ops.relu(second - first * offset))
+
+    def _count(self, x: Tensor, axes: Axes, weights: Tensor) -> Tensor:
+        """Return the sum of the weights, each of which may stand for several elements."""
+        shared = tuple(axis for axis in axes if weights.shape[axis] == 1)
+        count = self.passes.total(weights, None, axes) * self.passes.number(x, shared)
+        sums = [1 if axis in axes else size for axis, size in enumerate(ops.shape(x))]
+        return ops.broadcast_to(count, sums)
 
     def second_moments(self, x: Tensor, axes: Axes) -> Moments:
         """One pass: the squares."""
@@ -217,8 +224,11 @@ def _folded(cells: Tensor, like: Tensor) -> Tensor:
 
 
 def _spread(weights: Tensor, x: Tensor) -> Tensor:
-    """Return the weights in the shape of `x`, as a constant."""
-    return ops.stop_gradient(ops.broadcast_to(weights, ops.shape(x)))
+    """Return the weights as a constant, of size 1 or that of `x` along each axis."""
+    # A size that is not known may be 1, too.
+    pairs = zip(weights.shape, ops.shape(x), strict=True)
+    sizes = [1 if own == 1 else size for own, size in pairs]
+    return ops.stop_gradient(ops.broadcast_to(weights, sizes))
 
 
 def _tensors(moments: Moments) -> tuple[Tensor, ...]:
