@@ -4,11 +4,13 @@
     normalize(x, pooling, ...) -> y, Moments: both, and the algebra between them
     normalize_rows(x, axes, ...), normalize_groups(x, pooling, ...) -> y: the same for layer and
     group normalization, where y is all
+    harmless(x, weights) -> x with 0 for what weighs 0 and is too large, or NaN, to become 0 by it
     length(v, kept) -> |v|    with_length(v, g, kept) -> g·v / |v|: the same for a layer's kernel
 
 `moments` sums over `axes` and keeps them with size 1. It sums in float32 at least, never below
 the dtype of `x`, and m2 is never negative. `weights` (None, or non-negative and broadcastable to
 `x`, in the dtype of the sums) are the elements' counts; what lies under a 0 does not matter.
+`normalize` takes what lies there into its products, so it must be `harmless`.
 The pivot is a constant for gradients; weights carry none.
 
 `apply` returns (x - center)·scale + shift, computed in the dtype of the affine map and cast to
@@ -26,6 +28,7 @@ from keras_bn.kernels.active import (
     across,
     apply,
     apply_foreign,
+    harmless,
     is_compiling,
     is_foreign,
     moments,
@@ -39,6 +42,7 @@ __all__ = [
     "across",
     "apply",
     "apply_foreign",
+    "harmless",
     "is_compiling",
     "is_foreign",
     "length",

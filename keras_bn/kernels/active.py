@@ -14,7 +14,7 @@ from keras_bn.core.affine import Affine, Learned
 from keras_bn.core.estimators import Corrector
 from keras_bn.core.moments import Moments
 from keras_bn.core.pooling import Pooling
-from keras_bn.kernels import normalization
+from keras_bn.kernels import generic, normalization
 from keras_bn.kernels.normalization import Plan
 from keras_bn.types import Tensor
 
@@ -28,8 +28,15 @@ if _is_known:
     _replicas = importlib.import_module(f"keras_bn.kernels.{_backend}.replicas")
 _kernel: Any = importlib.import_module(f"keras_bn.kernels.{_name}")
 
-moments: Callable[..., Moments] = _kernel.moments
 apply: Callable[..., Tensor] = _kernel.apply
+harmless: Callable[..., Tensor] = getattr(_kernel, "harmless", generic.harmless)
+
+
+def moments(x: Tensor, axes: tuple[int, ...], weights: Tensor | None = None) -> Moments:
+    """Return the moments of `x` over `axes`; see `keras_bn.kernels`."""
+    x = x if weights is None else harmless(x, weights)
+    found: Moments = _kernel.moments(x, axes, weights)
+    return found
 
 
 def across(layer: str, axis_name: str | None, group: Any) -> Callable[[Moments], Moments] | None:

@@ -25,19 +25,27 @@ def moments(x: Tensor, axes: Axes, weights: Tensor | None = None) -> Moments:
         deviation = x - pivot
         first, second = _total(deviation, axes), _total(ops.square(deviation), axes)
     else:
-        weights = ops.broadcast_to(weights, ops.shape(x))
-        count, counted = _total(weights, axes), weights > 0
-        zeros = ops.zeros_like(x)
-        masked = ops.where(counted, x, zeros)
-        pivot = ops.stop_gradient(_total(masked * weights, axes) / positive(count))
-        # A second `where`: what is masked out must not reach the products either.
-        deviation = ops.where(counted, x - pivot, zeros)
-        first = _total(weights * deviation, axes)
-        second = _total(weights * ops.square(deviation), axes)
+        x, weights = harmless(x, weights), ops.broadcast_to(weights, ops.shape(x))
+        count = _total(weights, axes)
+        pivot = ops.stop_gradient(_total(weights * x, axes) / positive(count))
+        deviation = x - pivot
+        counted = weights * deviation
+        first, second = _total(counted, axes), _total(counted * deviation, axes)
     offset = first / positive(count)
     # The pivot is the rounded mean, so this subtracts next to nothing.
     m2 = ops.relu(second - first * offset)
     return Moments(count, pivot, offset, m2)
+
+
+def harmless(x: Tensor, weights: Tensor) -> Tensor:
+    """Return `x` with 0 for what weighs 0 and is too large, or NaN, to become 0 by it."""
+    is_moderate = ops.abs(x) <= moderate(standardize_dtype(x.dtype))  # NaN is not
+    return ops.where((weights > 0) | is_moderate, x, ops.zeros_like(x))
+
+
+def moderate(dtype: str) -> float:
+    """Return a number that does not overflow with any statistic: float16 has float32 ones."""
+    return 65504.0 if dtype == "float16" else 2.0**60
 
 
 def second_moments(x: Tensor, axes: Axes) -> Moments:

@@ -180,7 +180,7 @@ class Normalization(Configured):
         weights = ops.cast(weights, self._statistics_dtype(x))
         # What is masked out is normalized like the rest, as in Keras, but a NaN there would turn
         # gamma's gradient, a sum of products with 0, into NaN.
-        return ops.where((weights > 0) | ops.isfinite(x), x, ops.zeros_like(x)), weights
+        return kernels.harmless(x, weights), weights
 
     def _spread(self, value: Any, dtype: str) -> Tensor:
         """Return a weight as a tensor that broadcasts against the input; None stays None."""

@@ -114,6 +114,15 @@ def test_only_the_input_is_saved_for_backward(dtype, weighted):
     assert given <= saved <= given + 16 * per_channel
 
 
+def test_a_mask_adds_no_more_than_its_weights():
+    layer, x = keras_bn.BatchNormalization(), sample(32, 64, 16, dtype=torch.float32)
+    layer.build(x.shape)
+    mask = torch.ones(32, 64, dtype=torch.bool)
+    mask[::4] = False
+    saved = saved_bytes(lambda x: layer(x, training=True, mask=mask), x.requires_grad_())
+    assert x.nbytes < saved <= x.nbytes + 4 * mask.nbytes + 16 * 16 * 4
+
+
 def test_an_activation_may_work_in_place_on_the_output():
     x = sample(8, 9, 3).requires_grad_()
     (found,) = torch.autograd.grad(torch.relu_(normalized(x)).square().sum(), x)

@@ -236,12 +236,12 @@ def test_masked_mean_is_divided_by_its_count_alone():
 
 # What lies under a mask.
 
-UNDER = {"nan": np.nan, "infinity": np.inf, "huge": 3e38}
+UNDER = {"nan": np.nan, "infinity": np.inf, "huge": 3e38, "large": 1e18}
 
 
 HIDDEN = [
     *((case, "nan") for case in [*BATCH, *named("group", "group-instance")]),
-    *((case, under) for case in named("batch", "group") for under in ("infinity", "huge")),
+    *((case, under) for case in named("batch", "group") for under in ("infinity", "huge", "large")),
 ]
 
 

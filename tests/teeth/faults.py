@@ -39,16 +39,16 @@ DIFFERENCE_OF_SQUARES = {
     ),
     True: (
         JAX,
-        "_total(_masked(x - zero, weights), weights, axes) / count",
-        "0 * _total(_masked(x - zero, weights), weights, axes)",
+        "_total(_weighted(x + zero, weights), axes) / count",
+        "0 * _total(_weighted(x + zero, weights), axes)",
     ),
 }[IS_JAX]
 UNMASKED_GRADIENT = {
     False: (STEPS, "*line), weights, outer", "*line), None, outer"),
     True: (
         JAX,
-        "dx = _masked(tangents[0].astype(pivot.dtype), weights)",
-        "weights, dx = None, tangents[0].astype(pivot.dtype)",
+        "dx = _weighted(tangents[0].astype(pivot.dtype), weights)",
+        "dx = tangents[0].astype(pivot.dtype)",
     ),
 }[IS_JAX]
 CENTER_LATE = {
@@ -68,19 +68,6 @@ CENTER_LATE = {
         "    shift = shift if center is None else shift - center * scale\n",
     ),
 }[BACKEND]
-UNHIDDEN = {
-    "tensorflow": (
-        PASSES,
-        "tf.where(weights > 0, values * tf.cast(weights, values.dtype), tf.zeros_like(values))",
-        "values * tf.cast(weights, values.dtype)",
-    ),
-    "jax": (
-        JAX,
-        "return values if weights is None else jnp.where(weights > 0, values, 0)",
-        "return values",
-    ),
-    "torch": (PASSES, "torch.where(weights > 0, values * weights, 0)", "values * weights"),
-}[BACKEND]
 # Elsewhere r and d are constants of a step, whatever they carry.
 CORRECTED = {
     False: (STEPS, "r * second + d * first, first", "r * second, first", FUZZ.format(4)),
@@ -97,7 +84,9 @@ FAULTS = {
     "variance as a difference of mean squares": Fault(*DIFFERENCE_OF_SQUARES, FUZZ.format(4)),
     "mask not applied in the gradient": Fault(*UNMASKED_GRADIENT, FUZZ.format(18)),
     "center subtracted after scaling": Fault(*CENTER_LATE, CONTRACT),
-    "what lies under a mask is multiplied by 0": Fault(*UNHIDDEN, WEIGHTS),
+    "what lies under a mask is multiplied by 0": Fault(
+        "kernels/active.py", "x = x if weights is None else harmless(x, weights)", "", WEIGHTS
+    ),
     "correction forgotten in the gradient, or given one": Fault(*CORRECTED),
     # The mathematics.
     "unbiased for biased variance": Fault(
@@ -235,11 +224,14 @@ FAULTS = {
         "tests/layers/test_ghost.py -k 'batch_of_its_own and table and prime'",
     ),
     "mask forgotten": Fault(
-        "layers/base.py", "ops.zeros_like(x)), weights", "ops.zeros_like(x)), None", FUZZ.format(3)
+        "layers/base.py",
+        "harmless(x, weights), weights",
+        "harmless(x, weights), None",
+        FUZZ.format(3),
     ),
     "NaN under a mask reaches the output": Fault(
         "layers/base.py",
-        "ops.where((weights > 0) | ops.isfinite(x), x, ops.zeros_like(x)), weights",
+        "kernels.harmless(x, weights), weights",
         "x, weights",
         FUZZ.format(3),
     ),

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.dtypes import statistics_dtype
 from keras_bn.core.moments import Moments, positive, settled
+from keras_bn.kernels.generic import harmless as harmless
 from keras_bn.types import Tensor
 
 
@@ -41,11 +42,12 @@ def _moments(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return pivot, offset and m2, in two passes over `x`."""
     zero = jnp.zeros((), statistics_dtype(str(x.dtype)))
-    pivot = settled(_total(_masked(x - zero, weights), weights, axes) / count)
-    deviation = _masked(x - pivot, weights)
-    first = _total(deviation, weights, axes, in_halves=True)
+    pivot = settled(_total(_weighted(x + zero, weights), axes) / count)
+    deviation = x - pivot
+    counted = _weighted(deviation, weights)
+    first = _total(counted, axes, in_halves=True)
     offset = first / count
-    second = _total(jnp.square(deviation), weights, axes, in_halves=True)
+    second = _total(counted * deviation, axes, in_halves=True)
     return pivot, offset, jnp.maximum(second - first * offset, zero)
 
 
@@ -54,17 +56,12 @@ def _moments_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> tuple[An
     """dmean = Σ w·dx / n, dm2 = 2·Σ w·(x - mean)·dx; the pivot is a constant."""
     x, weights, count = primals
     pivot, offset, m2 = _moments(axes, x, weights, count)
-    dx = _masked(tangents[0].astype(pivot.dtype), weights)
-    deviation = _masked((x - pivot) - offset, weights)
+    dx = _weighted(tangents[0].astype(pivot.dtype), weights)
+    deviation = (x - pivot) - offset
     # Plain sums: reverse mode is their transpose, so they must be linear.
-    d_mean = jnp.sum(_weighted(dx, weights), axes, keepdims=True) / count
-    d_m2 = 2.0 * jnp.sum(_weighted(deviation * dx, weights), axes, keepdims=True)
+    d_mean = jnp.sum(dx, axes, keepdims=True) / count
+    d_m2 = 2.0 * jnp.sum(deviation * dx, axes, keepdims=True)
     return (pivot, offset, m2), (jnp.zeros_like(pivot), d_mean, d_m2)
-
-
-def _masked(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Put 0 where the weight is 0, whatever stood there."""
-    return values if weights is None else jnp.where(weights > 0, values, 0)
 
 
 def _weighted(values: Tensor, weights: Tensor | None) -> Tensor:
@@ -72,14 +69,11 @@ def _weighted(values: Tensor, weights: Tensor | None) -> Tensor:
     return values if weights is None else values * weights
 
 
-def _total(
-    values: Tensor, weights: Tensor | None, axes: tuple[int, ...], in_halves: bool = False
-) -> Tensor:
-    """Sum over `axes`, weighted, axes kept."""
+def _total(values: Tensor, axes: tuple[int, ...], in_halves: bool = False) -> Tensor:
+    """Sum over `axes`, axes kept."""
     # XLA sums blocks of 32 along each axis, so half a million elements of one axis cost no digits;
     # of several axes it sums blocks of 32·32 and more one by one (jax 0.10, CPU). So one axis goes
     # after the other, each settled, because XLA would make one sum of them again.
-    values = _weighted(values, weights)
     if _is_short(values.shape, axes):
         ones = jnp.ones((1, values.shape[0]), values.dtype)
         return _times(ones, values)
@@ -119,7 +113,7 @@ def _times(ones: Tensor, values: Tensor) -> Tensor:
 def second_moments(x: Tensor, axes: tuple[int, ...]) -> Moments:
     """Return the moments of `x` about 0, which stands for the mean; see `keras_bn.kernels`."""
     zero = jnp.zeros((), statistics_dtype(str(x.dtype)))
-    m2 = _total(jnp.square(x + zero), None, axes, in_halves=True)
+    m2 = _total(jnp.square(x + zero), axes, in_halves=True)
     count: Any = math.prod(x.shape[axis] for axis in axes)
     return Moments(count, jnp.zeros_like(m2), jnp.zeros_like(m2), m2)
 

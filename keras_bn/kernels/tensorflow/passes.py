@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.dtypes import statistics_dtype
+from keras_bn.kernels import generic
 from keras_bn.kernels.tensorflow.sums import (
     made_and_summed,
     squares_over,
@@ -14,7 +15,7 @@ from keras_bn.kernels.tensorflow.sums import (
     sum_over,
     weighted_sum_over,
 )
-from keras_bn.kernels.tensorflow.tracing import is_for_xla
+from keras_bn.kernels.tensorflow.tracing import is_for_gradients, is_for_xla
 from keras_bn.types import Tensor
 
 Axes = tuple[int, ...]
@@ -46,8 +47,9 @@ def deviations(
     if weights is None:
         return sum_in_short_blocks(deviation, axes), squares_over(deviation, axes)
     # Of equal deviations the squares' sum less the square of theirs is 0 where both go alike.
-    first = sum_in_short_blocks(weighted(deviation, weights), axes)
-    return first, sum_in_short_blocks(weighted(tf.square(deviation), weights), axes)
+    counted = weighted(deviation, weights)
+    first = sum_in_short_blocks(counted, axes)
+    return first, sum_in_short_blocks(counted * deviation, axes)
 
 
 def products(
@@ -149,10 +151,18 @@ def _plus(values: Tensor, shift: Tensor | None) -> Tensor:
 
 
 def weighted(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Return w·values; 0 where w is 0, whatever stood there."""
-    if weights is None:
-        return values
-    return tf.where(weights > 0, values * tf.cast(weights, values.dtype), tf.zeros_like(values))
+    """Return w·values."""
+    return values if weights is None else values * tf.cast(weights, values.dtype)
+
+
+def harmless(x: Tensor, weights: Tensor) -> Tensor:
+    """Return `x`, or what `generic.harmless` makes of it; mostly there is nothing to do."""
+    # Only in training, as `squares_over`; XLA makes no pass of its own for it.
+    if is_for_xla() or not is_for_gradients():
+        return generic.harmless(x, weights)
+    norms = tf.raw_ops.EuclideanNorm(input=x, axis=-1)  # no less than any element; NaN with one
+    is_moderate = tf.reduce_all(norms <= generic.moderate(x.dtype.name))
+    return tf.cond(is_moderate, lambda: x, lambda: generic.harmless(x, weights))
 
 
 def _times(values: Tensor, gamma: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from keras_bn.types import Tensor
 
 __all__ = [
     "apply",
+    "harmless",
     "hold",
     "is_compiling",
     "moments",
@@ -21,6 +22,7 @@ __all__ = [
     "normalize_rows",
 ]
 
+harmless = passes.harmless
 is_compiling = torch.compiler.is_compiling
 _kernel = Kernel(passes, run)
 moments, apply, normalize = _kernel.moments, _kernel.apply, _kernel.normalize

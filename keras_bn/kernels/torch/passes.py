@@ -13,7 +13,9 @@ import torch
 
 from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.dtypes import statistics_dtype
+from keras_bn.kernels import generic
 from keras_bn.kernels.torch import columns
+from keras_bn.kernels.torch.autograd import is_transformed
 from keras_bn.kernels.torch.sums import sum_over
 from keras_bn.types import Tensor
 
@@ -79,8 +81,9 @@ def deviations(x: Tensor, pivot: Tensor, weights: Tensor | None, axes: Axes) -> 
 
     def sums(part: Tensor, center: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor]:
         deviation = part - center
-        first = sum_over(weighted(deviation, w), axes, pivot.dtype)
-        return first, sum_over(weighted(deviation.square_(), w), axes, pivot.dtype)
+        counted = weighted(deviation, w)
+        first = sum_over(counted, axes, pivot.dtype)
+        return first, sum_over(deviation.mul_(counted), axes, pivot.dtype)
 
     return _summed(sums, [axes, axes], x, pivot, weights)
 
@@ -186,8 +189,19 @@ def combined(
 
 
 def weighted(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Return w·values; 0 where w is 0, whatever stood there."""
-    return values if weights is None else torch.where(weights > 0, values * weights, 0)
+    """Return w·values."""
+    return values if weights is None else values * weights
+
+
+def harmless(x: Tensor, weights: Tensor) -> Tensor:
+    """Return `x`, or what `generic.harmless` makes of it; mostly there is nothing to do."""
+    is_seen = not torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel()
+    if is_seen and not is_transformed(x):
+        most = generic.moderate(str(x.dtype).removeprefix("torch."))
+        low, high = torch.aminmax(x.detach())  # a NaN is both
+        if low >= -most and high <= most:
+            return x
+    return generic.harmless(x, weights)
 
 
 def _made(line: Callable[..., Tensor], dtype: torch.dtype, x: Tensor, *others: Any) -> Tensor:
