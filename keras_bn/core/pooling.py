@@ -147,7 +147,7 @@ class Ghosts(NamedTuple):
         """Undo `split`."""
         shape = ops.shape(array)
         joined = ops.reshape(array, (self.size * self.number, *shape[2:]))
-        return ops.reshape(joined[: self.samples], (self.samples, *shape[2:]))
+        return joined if self.are_full else joined[: self.samples]
 
     def total(self, array: Tensor) -> Tensor:
         """Sum over the samples of a ghost, given back to each of them."""

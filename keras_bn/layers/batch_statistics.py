@@ -128,15 +128,15 @@ class BatchStatistics(Normalization):
     ) -> tuple[Tensor, Moments]:
         """Return the output, each ghost normalized on its own, and the moments of all together."""
         axes, weights = pooling.axes, pooling.weights
-        if len(axes) > 1:
-            # The input is not split: its batch need not be a multiple of anything, and what is
-            # summed over the samples of a ghost are cells, tiny beside it.
+        if len(axes) > 1 and not (ghosts.are_full and weights is None):
+            # The input is not split, which would copy it to fill up the last of the ghosts: what
+            # is summed over the samples of a ghost are cells, tiny beside it.
             size = ghosts.if_full(ghosts.size)
             pooling = Pooling(axes[1:], weights, ghosts.total, size)
             y, cells = self._normalized_set(x, pooling, kept)
             each = Moments(*(p if is_static(p) else p[: ghosts.number] for p in cells))
         else:
-            x, pooling = self._split(x, ghosts, weights)
+            x, pooling = self._split(x, ghosts, pooling)
 
             def repeated(part: Tensor) -> Tensor:
                 # XLA sums the gradient along the first axis, but hardly along a second one.
@@ -148,17 +148,18 @@ class BatchStatistics(Normalization):
         number = ghosts.if_full(ghosts.number)
         return y, merge(each, lambda array: ops.sum(array, axis=0, keepdims=True), number)
 
-    def _split(self, x: Tensor, ghosts: Ghosts, weights: Tensor | None) -> tuple[Tensor, Pooling]:
-        """Return an input without space with an axis of its own for the ghosts.
+    def _split(self, x: Tensor, ghosts: Ghosts, pooling: Pooling) -> tuple[Tensor, Pooling]:
+        """Return an input with an axis of its own for the ghosts.
 
-        Without space each element would be a cell, and the cells as large as the input.
+        One without space is split in any case: its cells would be as large as itself.
         """
+        axes, weights = (0, *(axis + 1 for axis in pooling.axes[1:])), pooling.weights
         if weights is None and ghosts.are_full:
-            return ghosts.split(x), Pooling((0,))
+            return ghosts.split(x), Pooling(axes)
         if weights is None:
             weights = ops.ones((1,) * len(x.shape), self._statistics_dtype(x))
         weights = ops.broadcast_to(weights, (ghosts.samples, *ops.shape(weights)[1:]))
-        return ghosts.split(x), Pooling((0,), ghosts.split(weights))
+        return ghosts.split(x), Pooling(axes, ghosts.split(weights))
 
     def _corrector(self, dtype: str) -> Corrector | None:
         """Return what gives r and d, by which a training batch is corrected; None for 1 and 0.

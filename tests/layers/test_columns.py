@@ -30,6 +30,11 @@ CASES = {
         lambda: keras_bn.BatchNormalization(virtual_batch_size=32),
         (0,),
     ),
+    "ghosts of sequences": (
+        (16, 128, 256),
+        lambda: keras_bn.BatchNormalization(virtual_batch_size=8),
+        (0, 2),
+    ),
     "instances": ((4, 32, 32, 24), keras_bn.InstanceNormalization, (1, 2)),
     "instances, channels first": (
         (4, 24, 32, 32),
@@ -39,7 +44,11 @@ CASES = {
     "a row each, channels first": ((6, 4, 999), lambda: keras_bn.GroupNormalization(-1, 1), (2,)),
 }
 # Sample i belongs to ghost i mod their number.
-GHOSTS = {"ghosts": (8, 8, 512), "ghosts of 32": (32, 2, 512)}
+GHOSTS = {
+    "ghosts": (8, 8, 512),
+    "ghosts of 32": (32, 2, 512),
+    "ghosts of sequences": (8, 2, 128, 256),
+}
 # Signs have equal squares: their rounding errors add up.
 DRAWS = {
     "normal": lambda rng, shape: rng.standard_normal(shape),

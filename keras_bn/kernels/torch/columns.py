@@ -27,18 +27,20 @@ _NEAR = 2.0
 
 
 class _Matrices(NamedTuple):
-    """A tensor as matrices: one, or one for each index of the axes outside of the summed ones.
+    """A tensor as matrices: one, or one for each index of the axes outside of the rows.
 
     Attributes:
         order: The tensor's axes, outermost in memory first.
         sums: Shape of the sums, in that order.
+        number: Number of matrices.
         rows: Number of rows of a matrix.
-        cells: Shape of what there is for each column: matrix, block of rows, inner axes.
+        cells: Shape of what there is for each column: outer axes, blocks of rows, inner axes.
         pooled: Which of those axes are summed over.
     """
 
     order: Axes
     sums: tuple[int, ...]
+    number: int
     rows: int
     cells: tuple[int, ...]
     pooled: Axes
@@ -51,14 +53,15 @@ class _Matrices(NamedTuple):
     def of(self, x: Tensor) -> tuple[Tensor, ...] | None:
         """Return the matrices of a tensor of that shape; None where it lies otherwise in memory."""
         dense = x.permute(self.order)
-        shape = (self.cells[0], self.rows, -1)
+        shape = (self.number, self.rows, -1)
         return dense.view(shape).unbind() if dense.is_contiguous() else None
 
     def spread(self, sums: Tensor) -> Tensor:
         """Give what belongs to a sum to each of its columns, a row for each matrix."""
         ones = (1 if axis in self.pooled else size for axis, size in enumerate(self.cells))
         # The kernels read memory without regard to strides (torch 2.13).
-        return sums.permute(self.order).reshape(*ones).expand(self.cells).flatten(1).contiguous()
+        cells = sums.permute(self.order).reshape(*ones).expand(self.cells)
+        return cells.reshape(self.number, -1).contiguous()
 
     def cells_of(self, results: Sequence[Tensor]) -> Tensor:
         """Return what came of each matrix, in the shape of the cells."""
@@ -93,18 +96,25 @@ def _seen(
     if any(strides[axis] != prod(sizes[i + 1 :]) for i, axis in enumerate(order) if sizes[i] > 1):
         return None
     sums = tuple(1 if axis in axes else shape[axis] for axis in order)
-    first = next((i for i, size in enumerate(sums) if size == 1), len(sums))
+    starts = (i for i, size in enumerate(sums) if size == 1 and (i == 0 or sums[i - 1] != 1))
+    found = (_cut(order, sizes, sums, most, first) for first in starts)
+    return next((matrices for matrices in found if matrices is not None), None)
+
+
+def _cut(
+    order: Axes, sizes: list[int], sums: tuple[int, ...], most: int, first: int
+) -> _Matrices | None:
+    """Return matrices whose rows go along neighbouring summed axes; None where they are too few."""
     inner = next((i for i in range(first, len(sums)) if sums[i] != 1), len(sums))
     number, height = prod(sizes[:first]), prod(sizes[first:inner])
-    lengths = range(min(most, height), _FEWEST - 1, -1)
-    rows = next((rows for rows in lengths if height % rows == 0), None)
-    if rows is None or prod(sizes[first:]) < SMALL:
+    rows = next((rows for rows in range(most, _FEWEST - 1, -1) if height % rows == 0), None)
+    # A few rows in all: each column is nearly as much as what it sums, and may be far from 0.
+    if rows is None or height < 2 * _FEWEST or prod(sizes[first:]) < SMALL:
         return None
-    cells = (number, height // rows, *sizes[inner:])
-    pooled = (1, *(2 + i for i, size in enumerate(sums[inner:]) if size == 1))
-    found = _Matrices(order, sums, rows, cells, pooled)
-    # Of many sets of a few elements, some are far from 0.
-    return None if found.together == 1 and rows < 2 * _FEWEST else found
+    cells = (*sizes[:first], height // rows, *sizes[inner:])
+    kept = (*sums[:first], 1, *sums[inner:])
+    pooled = tuple(axis for axis, size in enumerate(kept) if size == 1)
+    return _Matrices(order, sums, number, rows, cells, pooled)
 
 
 def moments(x: Tensor, axes: Axes, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
@@ -117,7 +127,8 @@ def moments(x: Tensor, axes: Axes, dtype: torch.dtype) -> tuple[Tensor, Tensor |
     if seen is None:
         return None
     # Their dtype is that of the results, which otherwise is that of x.
-    unused = x.new_zeros(2, prod(seen.cells[1:]), dtype=dtype) if x.dtype != dtype else (None, None)
+    width = prod(seen.cells) // seen.number
+    unused = x.new_zeros(2, width, dtype=dtype) if x.dtype != dtype else (None, None)
     update = torch.batch_norm_update_stats
     parts = [update(matrix, *unused, 0.0) for matrix in seen.of(x) or ()]
     means, variances = map(seen.cells_of, zip(*parts, strict=True))
