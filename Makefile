@@ -10,7 +10,7 @@ SUITE_NEEDS   := $(KNOWN) dev examples
 # glibc shall keep freed memory, as it does once a large model has trained: else page faults on fresh
 # memory, ours and the rivals', are most of what there is to measure.
 KEEP_MEMORY := MALLOC_TRIM_THRESHOLD_=2147483648 MALLOC_MMAP_THRESHOLD_=2147483648 \
-	MALLOC_TOP_PAD_=268435456
+	MALLOC_TOP_PAD_=268435456 MALLOC_ARENA_MAX=1
 
 # The oldest Keras is stated in one place, the package's own requirement.
 OLDEST_KERAS := $(shell sed -n 's/.*"keras>=\([0-9.]*\)".*/\1/p' pyproject.toml)
