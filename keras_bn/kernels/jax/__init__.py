@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.dtypes import statistics_dtype
 from keras_bn.core.moments import Moments, positive, settled
-from keras_bn.kernels.generic import harmless as harmless
 from keras_bn.types import Tensor
 
 

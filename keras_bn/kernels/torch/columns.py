@@ -97,11 +97,11 @@ def _seen(
         return None
     sums = tuple(1 if axis in axes else shape[axis] for axis in order)
     starts = (i for i, size in enumerate(sums) if size == 1 and (i == 0 or sums[i - 1] != 1))
-    found = (_cut(order, sizes, sums, most, first) for first in starts)
+    found = (_rows_from(order, sizes, sums, most, first) for first in starts)
     return next((matrices for matrices in found if matrices is not None), None)
 
 
-def _cut(
+def _rows_from(
     order: Axes, sizes: list[int], sums: tuple[int, ...], most: int, first: int
 ) -> _Matrices | None:
     """Return matrices whose rows go along neighbouring summed axes; None where they are too few."""
