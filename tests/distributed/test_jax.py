@@ -273,9 +273,14 @@ def test_a_layer_gathers_nothing(name, devices):
     assert {**ours, "all-reduce": []} == {**plain, "all-reduce": []}
 
 
-def test_ghosts_send_no_more_than_channels(devices):
-    sent = devices["DataParallel, images, ghosts"]["sent"]
-    assert max(sent["collective-permute"]) <= 2 * 16
+def test_ghosts_send_no_more_than_their_statistics(devices):
+    plain, ghosts = (
+        devices[f"DataParallel, images, {norms}"]["sent"] for norms in ("plain", "ghosts")
+    )
+    assert {**ghosts, "all-reduce": []} == {**plain, "all-reduce": []}
+    *statistics, gradients = sorted(ghosts["all-reduce"])
+    assert max(statistics) <= jax_fit.SAMPLES // 4 * 16
+    assert gradients <= max(plain["all-reduce"]) + 2 * (8 + 16)
 
 
 # In two processes.
