@@ -44,7 +44,8 @@ def harmless(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def moderate(dtype: str) -> float:
-    """Return a number that does not overflow with any statistic: float16 has float32 ones."""
+    """Return the largest number that no product with statistics makes infinite."""
+    # The largest of float16, whose statistics are float32.
     return 65504.0 if dtype == "float16" else 2.0**60
 
 
