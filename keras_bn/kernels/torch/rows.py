@@ -7,6 +7,7 @@ which it adds elements one by one, too, go another way.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ Axes = tuple[int, ...]
 
 # κ up to which the kernel's own statistics are within the contract.
 NEAR = 2.0
-# Rows that the kernel adds one by one for gamma, whose terms differ (the sum of n rows that are all
+# Rows that a thread adds one by one for gamma, whose terms differ (the sum of n rows that are all
 # the same is off by n/4 units in the last place), and for beta, whose terms often do not.
 _ROWS, _FEW_ROWS = 1 << 14, 32
 # Elements of a row, of which the kernel adds every eighth one by one for the gradient of x.
@@ -122,30 +123,32 @@ def _standardized(x: Tensor, shape: Any, learned: Any, epsilon: float) -> tuple[
 def _gradients(seen: _Seen, x: Tensor, dy: Tensor, shape: Any, learned: Any) -> list[Tensor]:
     """Return the gradients of x, gamma and, where it is given, beta."""
     gamma, beta = learned
+    # First, because what it reads is then near.
+    others = tuple(range(dy.ndim - len(shape)))
+    d_beta = [] if beta is None else [sum_over(dy, others, gamma.dtype)]
 
-    def of(d: Tensor, rows: Tensor, seen: _Seen, wanted: list[bool]) -> Any:
-        rows = rows if seen.center is None else rows - seen.center
+    def of(wanted: list[bool], d: Tensor, rows: Tensor, *seen: Tensor | None) -> Any:
+        center, mean, inverse = seen
+        rows = rows.to(gamma.dtype) if center is None else rows.to(gamma.dtype) - center
         backward = torch.ops.aten.native_layer_norm_backward
-        return backward(d.to(rows.dtype), rows, shape, *seen[1:], gamma, beta, [*wanted, False])
+        return backward(d.to(rows.dtype), rows, shape, mean, inverse, gamma, beta, [*wanted, False])
+
+    def of_pieces(wanted: list[bool], length: int) -> tuple[Sequence[Tensor], Tensor]:
+        parts = (dy, x, *seen)
+        cut = (repeat(None) if part is None else _pieces(part, shape, length) for part in parts)
+        dx, d_gamma, _ = zip(*map(partial(of, wanted), *cut), strict=True)
+        return dx, torch.stack(d_gamma).sum(0, dtype=torch.float64).to(gamma.dtype)
 
     # Wide, because the kernel would round gamma's gradient to half precision (torch 2.13).
-    is_copied = seen.center is not None or x.dtype != gamma.dtype
-    length = _PIECE // shape.numel() if is_copied else _ROWS
-    cut = (repeat(None) if part is None else _pieces(part, shape, length) for part in seen)
-    pieces = list(zip(_pieces(dy, shape, length), _pieces(x, shape, length), *cut, strict=False))
+    if seen.center is not None or x.dtype != gamma.dtype:
+        found, d_gamma = of_pieces([True, True], _PIECE // shape.numel())
+        dx = torch.cat([part.to(x.dtype) for part in found]).view(x.shape)
+        return [dx, d_gamma, *d_beta]
     # To join what was made of pieces takes longer than to read the rows again.
-    is_whole = len(pieces) > 1 and not is_copied
-    wanted = [not is_whole, True]
-    found = [of(d, rows.to(gamma.dtype), _Seen(*part), wanted) for d, rows, *part in pieces]
-    if is_whole:
-        dx = of(dy, x, seen, [True, False])[0]
-    else:
-        dx = _joined([part.to(x.dtype) for part, *_ in found]).view(x.shape)
-    d_gamma = torch.stack([part for _, part, _ in found]).sum(0, dtype=torch.float64)
-    gradients: list[Tensor] = [dx, d_gamma.to(gamma.dtype)]
-    if beta is not None:
-        gradients.append(sum_over(dy, tuple(range(dy.ndim - len(shape))), gamma.dtype))
-    return gradients
+    length = _ROWS * torch.get_num_threads()
+    is_one = x.numel() <= length * shape.numel()
+    dx, d_gamma, _ = of([True, is_one], dy, x, *seen)
+    return [dx, d_gamma if is_one else of_pieces([False, True], length)[1], *d_beta]
 
 
 def _pieces(x: Tensor, shape: Any, length: int) -> tuple[Tensor, ...]:
