@@ -14,6 +14,9 @@ U = hard.unit_roundoff("float32")
 CASES = {
     "table": ((64, 512), keras_bn.BatchNormalization, (0,)),
     "a few rows": ((32, 512), keras_bn.BatchNormalization, (0,)),
+    "eight rows": ((8, 48), keras_bn.BatchNormalization, (0,)),
+    "twelve rows": ((12, 512), keras_bn.BatchNormalization, (0,)),
+    "sixteen of many columns": ((16, 8192), keras_bn.BatchNormalization, (0,)),
     "few samples of a sequence": ((4, 8, 96), keras_bn.BatchNormalization, (0, 1)),
     "few, neither scaled nor shifted": (
         (20, 48),
@@ -99,7 +102,7 @@ def test_one_pass_is_taken_only_where_it_is_right(case, mean, draw, run):
 
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("mean", [m for m in MEANS if m != "one"])
-@pytest.mark.parametrize("rows", [32, 64])
+@pytest.mark.parametrize("rows", [8, 16, 32, 64])
 def test_variance_about_0_is_within_the_contract(mean, draw, rows, run):
     x, dy = drawn(draw, MEANS[mean], (rows, 900), 1)
     layer = keras_bn.BatchNormalization(momentum=0.0)
