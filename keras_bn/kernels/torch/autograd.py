@@ -1,5 +1,7 @@
 """How a step gets its derivative in PyTorch."""
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -38,9 +40,11 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: Step, *inputs: Tensor) -> tuple[Tensor, ...]:
-        outputs, others, ctx.constants = step.forward(*inputs)
-        ctx.step, ctx.number = step, len(outputs)
-        ctx.save_for_backward(*inputs)
+        outputs, others, constants = step.forward(*inputs)
+        ctx.step, ctx.number, saved = step, len(outputs), list(inputs)
+        # In PyTorch's hands the constants are freed, moved and counted like all that is saved.
+        ctx.form = _parted(constants, saved)
+        ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(*others)
         # For results without gradient PyTorch would make zeros.
         ctx.set_materialize_grads(len(outputs) > 1)
@@ -48,7 +52,9 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        step, inputs, constants = ctx.step, ctx.saved_tensors, ctx.constants
+        step, saved = ctx.step, iter(ctx.saved_tensors)
+        inputs = tuple(islice(saved, len(ctx.needs_input_grad) - 1))
+        constants = _joined(ctx.form, saved)
         if grads[0] is None:
             return None, *(None for _ in inputs)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -56,3 +62,27 @@ class _Differentiable(torch.autograd.Function):
             _, gradient = torch.func.vjp(lambda *inputs: step.plain(inputs, constants)[0], *inputs)
             return None, *gradient(grads[: ctx.number])
         return None, *step.backward(inputs, constants, grads[: ctx.number])
+
+
+def _parted(value: Any, tensors: list[Tensor]) -> Any:
+    """Move the tensors of nested tuples into a list, and return the tuples without them."""
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return torch.Tensor
+    if isinstance(value, tuple):
+        return _like(value, [_parted(part, tensors) for part in value])
+    return value
+
+
+def _joined(form: Any, tensors: Iterator[Tensor]) -> Any:
+    """Undo `_parted`."""
+    if form is torch.Tensor:
+        return next(tensors)
+    return (
+        _like(form, [_joined(part, tensors) for part in form]) if isinstance(form, tuple) else form
+    )
+
+
+def _like(form: Any, parts: list[Any]) -> Any:
+    """Return parts as a tuple of the same kind."""
+    return type(form)(*parts) if hasattr(form, "_fields") else tuple(parts)
