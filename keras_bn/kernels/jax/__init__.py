@@ -44,7 +44,8 @@ def _moments(
     pivot = settled(_total(_weighted(x + zero, weights), axes) / count)
     deviation = x - pivot
     counted = _weighted(deviation, weights)
-    first = _total(counted, axes, in_halves=True)
+    # Deviations cancel each other: unlike those of squares, their sums do not grow.
+    first = _total(counted, axes)
     offset = first / count
     second = _total(counted * deviation, axes, in_halves=True)
     return pivot, offset, jnp.maximum(second - first * offset, zero)
