@@ -42,6 +42,7 @@ SHAPES = {
     "seq": ((32, 512, 256), -1),
     "conv, channels first": ((32, 64, 56, 56), 1),
     "seq, channels first": ((32, 256, 512), 1),
+    "wide": ((128, 32768), -1),
     "small": ((32, 16), -1),
 }
 # Those whose geometric mean is told.
@@ -153,6 +154,8 @@ def makes_sense(case: Case) -> bool:
         return False  # the same code
     if case.layer == "masked" and ("first" in case.shape or case.dtype != "float32"):
         return False  # enough to say what a mask costs
+    if case.shape == "wide" and (case.layer, case.dtype) != ("BN", "float32"):
+        return False  # images that were flattened
     if case.shape == "small":
         return (
             case.mode in ("eager", "graph")

@@ -145,9 +145,19 @@ def test_equal_values_do_not_add_up_their_rounding_errors(mode, shape, kept):
     assert hard.share(found.variance - exact.variance, hard.variance_bound(exact, U)) <= 1
 
 
+WITH_EQUAL_TERMS = [
+    ((32, 900), 1),
+    ((31, 4100), 1),
+    ((64, 4100), 1),
+    ((900, 32), 0),
+    ((4, 16, 384), 2),
+    ((32, 14, 14, 64), 3),
+]
+
+
 # As many terms as a compiler may well add one by one, of which each sum errs the same way.
 @pytest.mark.parametrize("mode", modes.EXTREMES)
-@pytest.mark.parametrize(("shape", "kept"), [((32, 900), 1), ((900, 32), 0), ((4, 16, 384), 2)])
+@pytest.mark.parametrize(("shape", "kept"), WITH_EQUAL_TERMS)
 def test_equal_terms_of_one_block_err_within_the_bound(mode, shape, kept):
     x = hard.channels(shape, kept, kinds=hard.EQUAL)
     exact, found = run(x, kept, mode=mode)

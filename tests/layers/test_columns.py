@@ -113,6 +113,19 @@ def test_variance_about_0_is_within_the_contract(mean, draw, rows, run):
     assert hard.share(found - exact, 8 * U * exact) <= 1
 
 
+@pytest.mark.parametrize("columns", [96, 4100])
+@pytest.mark.parametrize("rows", [31, 64])
+def test_equal_gradients_of_a_column_do_not_add_up_their_rounding_errors(rows, columns, run):
+    x, _ = drawn("normal", 0.0, (rows, columns), 1)
+    dy = np.tile(np.linspace(1, 2, columns, dtype="float32"), (rows, 1))
+    layer = keras_bn.BatchNormalization()
+    layer.build(x.shape)
+    found = run(layer, x, dy, training=True).gradients["beta"]
+    exact = dy.sum(0, dtype="float64")
+    # Of 32 terms that are added one by one each sum may round the same way.
+    assert hard.share(found - exact, 10 * U * exact) <= 1
+
+
 @pytest.mark.parametrize("given", ["float32", "bfloat16"])
 @pytest.mark.parametrize("learns", [True, False], ids=["learns", "learns nothing"])
 def test_few_samples_have_the_same_statistics_in_mixed_precision(given, learns):

@@ -333,7 +333,7 @@ if BACKEND == "torch":
         ),
         "few samples that are far from 0 left to the native kernel": Fault(
             "kernels/torch/batches.py",
-            "if not torch.addcmul(variance, mean, mean, value=-(NEAR**-2)).min().item() >= 0:",
+            "if not torch.addcmul(variance, mean, mean, value=-(near**-2)).min().item() >= 0:",
             "if False:",
             "tests/layers/test_columns.py -k few",
         ),

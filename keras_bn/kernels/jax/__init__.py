@@ -29,10 +29,11 @@ def moments(x: Tensor, axes: tuple[int, ...], weights: Tensor | None = None) -> 
     return Moments(count, jax.lax.stop_gradient(pivot), offset, m2)
 
 
-# Half of the terms that XLA adds one by one.
-_HALF = 16
-# The longest axis, and the fewest sums, of `_is_short`.
-_SHORT, _MANY = 64, 4096
+# Half of the terms that XLA adds one by one in tensors of up to so many elements (jax 0.10, CPU);
+# those of larger ones it adds in parts.
+_HALF, _LOOPED = 16, 1 << 14
+# The longest axis, and the fewest sums, of `_is_short`; terms that a product may add one by one.
+_SHORT, _MANY, _FEW = 512, 4096, 8
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -75,18 +76,21 @@ def _total(values: Tensor, axes: tuple[int, ...], in_halves: bool = False) -> Te
     # of several axes it sums blocks of 32·32 and more one by one (jax 0.10, CPU). So one axis goes
     # after the other, each settled, because XLA would make one sum of them again.
     if _is_short(values.shape, axes):
-        ones = jnp.ones((1, values.shape[0]), values.dtype)
-        return _times(ones, values)
+        values = _folded(values)
+        return _times(jnp.ones((1, len(values)), values.dtype), values)
     for axis in reversed(axes):
-        if in_halves and _is_block(values.shape[axis]):
+        if in_halves and _is_block(values.shape, axis):
             values = settled(jnp.sum(_halves(values, axis), axis + 1))
         values = settled(jnp.sum(values, axis, keepdims=True))
     return values
 
 
-def _is_block(size: Any) -> bool:
+def _is_block(shape: tuple[int, ...], axis: int) -> bool:
     """Say whether a sum of squares, equal or nearly so, can miss the bound of a variance."""
-    return isinstance(size, int) and _HALF < size <= 2 * _HALF  # in an export it is a symbol
+    size = shape[axis]
+    is_block = isinstance(size, int) and _HALF < size <= 2 * _HALF  # in an export it is a symbol
+    is_large = _is_known(shape) and math.prod(shape) > _LOOPED
+    return is_block and not is_large
 
 
 def _halves(values: Tensor, axis: int) -> Tensor:
@@ -99,8 +103,35 @@ def _halves(values: Tensor, axis: int) -> Tensor:
 def _is_short(shape: tuple[int, ...], axes: tuple[int, ...]) -> bool:
     """Say whether the sum is over a short first axis alone, and leaves many."""
     # XLA takes 40 ms for (8, 512, 1024) on a CPU, a product with ones 0.4 ms (jax 0.10).
-    known = all(isinstance(size, int) for size in shape)  # not in an export
-    return known and axes == (0,) and 1 < shape[0] <= _SHORT and math.prod(shape[1:]) >= _MANY
+    is_alone = _is_known(shape) and axes == (0,)
+    return is_alone and 1 < shape[0] <= _SHORT and math.prod(shape[1:]) >= _MANY
+
+
+def _folded(values: Tensor) -> Tensor:
+    """Add the halves of the first axis to each other, until they are so short that a loop may."""
+    while len(values) > _FEW:
+        values = jnp.pad(values, [(0, len(values) % 2)] + [(0, 0)] * (values.ndim - 1))
+        first, second = jnp.split(values, 2)
+        values = first + second
+    return values
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _spread(value: Tensor, size: int) -> Tensor:
+    """Repeat along the first axis, by a product."""
+    return _times(jnp.ones((size, 1), value.dtype), value)
+
+
+@_spread.defjvp
+def _spread_jvp(size: int, primals: Any, tangents: Any) -> tuple[Tensor, Tensor]:
+    """Repeat few rows: the transpose of this, which sums, adds few terms one by one."""
+    few = _times(jnp.ones((min(size, _FEW), 1), tangents[0].dtype), tangents[0])
+    return _spread(primals[0], size), jnp.concatenate([few] * -(-size // _FEW))[:size]
+
+
+def _is_known(shape: tuple[int, ...]) -> bool:
+    """Say whether all sizes are numbers; in an export some are symbols."""
+    return all(isinstance(size, int) for size in shape)
 
 
 def _times(ones: Tensor, values: Tensor) -> Tensor:
@@ -125,9 +156,7 @@ def apply(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> Te
     shift = jnp.zeros_like(scale) if shift is None else shift
     axes = tuple(axis for axis, size in enumerate(scale.shape) if size == 1 != x.shape[axis])
     if scale.ndim == x.ndim and scale.shape == shift.shape and _is_short(x.shape, axes):
-        # Spread by a product, their gradients are one, too.
-        ones = jnp.ones((len(x), 1), scale.dtype)
-        scale, shift = _times(ones, scale), _times(ones, shift)
+        scale, shift = _spread(scale, len(x)), _spread(shift, len(x))
     y = (x - center) * scale + shift
     y = y if learned.gamma is None else y * learned.gamma
     return (y if learned.beta is None else y + learned.beta).astype(dtype)
