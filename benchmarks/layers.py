@@ -9,8 +9,8 @@ the output in inference. `x Keras` and `x native` say how many times faster ours
 over rounds in which each runs once. `limit` is how many times longer ours takes than the bytes
 that must move would take at the bandwidth of the best streaming pass in this process. BN must
 read x twice before y (the statistics need all of it) and dy and x twice before dx; a sample of
-the others may be kept in the cache. `saved` is what PyTorch keeps for the backward pass, over the
-input's bytes. BN: BatchNormalization, BRN: BatchRenormalization beside Keras' `renorm=True`,
+the others may be kept in the cache. `saved` is what PyTorch or JAX keeps for the backward pass,
+over the input's bytes. BN: BatchNormalization, BRN: BatchRenormalization beside `renorm=True`,
 GN: GroupNormalization(32), IN: InstanceNormalization beside GroupNormalization(-1), LN and RMS over
 the last axis; `ghost` is BatchNormalization in ghosts of 8 and `masked` with one sample of four
 masked out, both beside ours without. `make bench` has
@@ -198,7 +198,7 @@ def measured(case: Case, seconds: float) -> dict[str, Any]:
     if case.training:
         for name, layer in zip(("ours", "keras"), made, strict=True):
             saved = engine.saved_bytes(layer, use, x)
-            if saved is not None and case.mode == "eager":
+            if saved is not None and case.mode != "compile":
                 row[f"saved {name}"] = saved / nbytes
     return row
 

@@ -25,13 +25,7 @@ def stream(x: jax.Array) -> Callable[[], object]:
 
 def layer_step(layer: Any, options: dict, x: jax.Array, dy: Any, mode: str) -> Callable:
     """Return a step of a Keras layer."""
-    kept = [variable.value for variable in layer.non_trainable_variables]
-
-    def function(parameters: list, x: jax.Array) -> Any:
-        return layer.stateless_call(parameters, kept, x, **options)
-
-    parameters = [variable.value for variable in layer.trainable_variables]
-    return _step(function, parameters, x, dy, mode)
+    return _step(*_function(layer, options), x, dy, mode)
 
 
 def native_step(kind: str, x: jax.Array, dy: Any, mode: str, axis: int) -> Callable | None:
@@ -58,8 +52,22 @@ def native_step(kind: str, x: jax.Array, dy: Any, mode: str, axis: int) -> Calla
     return _step(function, parameters, x, dy, mode)
 
 
-def saved_bytes(layer: Any, options: dict, x: jax.Array) -> None:
-    """XLA decides what is kept."""
+def saved_bytes(layer: Any, options: dict, x: jax.Array) -> int:
+    """Return how many bytes JAX hands to the backward pass; XLA may make some of that anew."""
+    function, parameters = _function(layer, options)
+    _, gradient, _ = jax.vjp(function, parameters, x, has_aux=True)
+    arrays = (leaf for leaf in jax.tree.leaves(gradient) if isinstance(leaf, jax.Array))
+    return sum({array.unsafe_buffer_pointer(): array.nbytes for array in arrays}.values())
+
+
+def _function(layer: Any, options: dict) -> tuple[Callable, list]:
+    """Return a Keras layer as a function of its parameters and x, and the parameters."""
+    kept = [variable.value for variable in layer.non_trainable_variables]
+
+    def function(parameters: list, x: jax.Array) -> Any:
+        return layer.stateless_call(parameters, kept, x, **options)
+
+    return function, [variable.value for variable in layer.trainable_variables]
 
 
 def _step(function: Callable, parameters: Any, x: jax.Array, dy: Any, mode: str) -> Callable:

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 
+import keras_bn
 from keras_bn import kernels
 from keras_bn.core.affine import standardize
 
@@ -84,6 +85,29 @@ def test_vmap_of_gradients_is_a_loop():
     x = sample(6, 4, 5, 3)
     found = jax.vmap(jax.grad(loss))(x)
     assert np.allclose(found, [jax.grad(loss)(row) for row in x], atol=1e-13)
+
+
+SAVING = {
+    "batch": keras_bn.BatchNormalization,
+    "groups": keras_bn.GroupNormalization,
+    "instances": keras_bn.InstanceNormalization,
+    "rows": keras_bn.LayerNormalization,
+}
+
+
+@pytest.mark.parametrize("make", SAVING.values(), ids=SAVING)
+def test_of_the_input_s_size_only_the_input_is_kept_for_backward(make):
+    layer, x = make(), jnp.asarray(sample(4, 16, 16, 64), "float32")
+    layer.build(x.shape)
+    weights = [
+        [v.value for v in kept]
+        for kept in (layer.trainable_variables, layer.non_trainable_variables)
+    ]
+    use = {"training": True} if layer.non_trainable_variables else {}
+    _, gradient = jax.vjp(lambda x: layer.stateless_call(*weights, x, **use)[0], x)
+    large = [leaf for leaf in jax.tree.leaves(gradient) if leaf.nbytes >= x.nbytes]
+    assert len(large) == 1
+    assert (large[0] == x).all()
 
 
 def test_a_checkpoint_changes_no_gradient():

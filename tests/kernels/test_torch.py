@@ -86,9 +86,8 @@ def saved_bytes(function, x) -> int:
 
 
 def kept_by(node):
-    """Find what the nodes of a graph keep without saving it: constants, and what closures hold."""
-    for thing in (getattr(node, "constants", None), getattr(node, "step", None)):
-        yield from tensors_in(thing)
+    """Find what the nodes of a graph keep without saving it, in what closures hold."""
+    yield from tensors_in(getattr(node, "step", None))
     for following, _ in getattr(node, "next_functions", ()):
         yield from kept_by(following)
 

@@ -1,8 +1,8 @@
 """The kernels in JAX.
 
 `moments` states its derivative as a JVP, not a VJP: forward mode (`jvp`, `jacfwd`, `hessian`) goes
-on working, and reverse mode is its transpose. `apply` needs none: XLA fuses the backend's own
-gradient, and keeps only `x` for it.
+on working, and reverse mode is its transpose. `apply` needs none. Of the input's size both keep
+only `x` for the backward pass, and make anew what else that needs (`jax.checkpoint`).
 """
 
 import functools
@@ -23,8 +23,8 @@ def moments(x: Tensor, axes: tuple[int, ...], weights: Tensor | None = None) -> 
     if weights is None:
         count: Any = math.prod(x.shape[axis] for axis in axes)
     else:
-        weights = jax.lax.stop_gradient(jnp.broadcast_to(weights, x.shape))
-        count = jnp.sum(weights, axes, keepdims=True)
+        weights = jax.lax.stop_gradient(weights)
+        count = jnp.sum(jnp.broadcast_to(weights, x.shape), axes, keepdims=True)
     pivot, offset, m2 = _moments(axes, x, weights, positive(count))
     return Moments(count, jax.lax.stop_gradient(pivot), offset, m2)
 
@@ -57,12 +57,16 @@ def _moments_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> tuple[An
     """dmean = Σ w·dx / n, dm2 = 2·Σ w·(x - mean)·dx; the pivot is a constant."""
     x, weights, count = primals
     pivot, offset, m2 = _moments(axes, x, weights, count)
-    dx = _weighted(tangents[0].astype(pivot.dtype), weights)
-    deviation = (x - pivot) - offset
-    # Plain sums: reverse mode is their transpose, so they must be linear.
-    d_mean = jnp.sum(dx, axes, keepdims=True) / count
-    d_m2 = 2.0 * jnp.sum(deviation * dx, axes, keepdims=True)
-    return (pivot, offset, m2), (jnp.zeros_like(pivot), d_mean, d_m2)
+
+    @jax.checkpoint
+    def slopes(x: Tensor, weights: Tensor | None, dx: Tensor) -> Any:
+        deviation = (x - pivot) - offset
+        dx = _weighted(dx.astype(pivot.dtype), weights)
+        # Plain sums: reverse mode is their transpose, so they must be linear.
+        d_mean = jnp.sum(dx, axes, keepdims=True) / count
+        return d_mean, 2.0 * jnp.sum(deviation * dx, axes, keepdims=True)
+
+    return (pivot, offset, m2), (jnp.zeros_like(pivot), *slopes(x, weights, tangents[0]))
 
 
 def _weighted(values: Tensor, weights: Tensor | None) -> Tensor:
@@ -108,11 +112,12 @@ def _is_short(shape: tuple[int, ...], axes: tuple[int, ...]) -> bool:
 
 
 def _folded(values: Tensor) -> Tensor:
-    """Add the halves of the first axis to each other, until they are so short that a loop may."""
+    """Add neighbours along the first axis, until there are as few as a product may add."""
     while len(values) > _FEW:
         values = jnp.pad(values, [(0, len(values) % 2)] + [(0, 0)] * (values.ndim - 1))
-        first, second = jnp.split(values, 2)
-        values = first + second
+        # Not halves: over replicas of a batch these would be sent from one to the other.
+        pairs = values.reshape(-1, 2, *values.shape[1:])
+        values = pairs[:, 0] + pairs[:, 1]
     return values
 
 
@@ -124,9 +129,16 @@ def _spread(value: Tensor, size: int) -> Tensor:
 
 @_spread.defjvp
 def _spread_jvp(size: int, primals: Any, tangents: Any) -> tuple[Tensor, Tensor]:
-    """Repeat few rows: the transpose of this, which sums, adds few terms one by one."""
-    few = _times(jnp.ones((min(size, _FEW), 1), tangents[0].dtype), tangents[0])
-    return _spread(primals[0], size), jnp.concatenate([few] * -(-size // _FEW))[:size]
+    """Repeat, so that the transpose is the sum of `_folded`."""
+    return _spread(primals[0], size), _doubled(tangents[0], size)
+
+
+def _doubled(value: Tensor, size: int) -> Tensor:
+    """Repeat along the first axis: few by a product, and each of these as often as it takes."""
+    if size <= _FEW:
+        return _times(jnp.ones((size, 1), value.dtype), value)
+    few = _doubled(value, -(-size // 2))
+    return jnp.stack([few, few], 1).reshape(-1, *value.shape[1:])[:size]
 
 
 def _is_known(shape: tuple[int, ...]) -> bool:
@@ -151,12 +163,18 @@ def second_moments(x: Tensor, axes: tuple[int, ...]) -> Moments:
 
 def apply(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> Tensor:
     """Return ((x - center)·scale + shift)·gamma + beta; see `keras_bn.kernels`."""
-    center, scale, shift = affine
-    center = jnp.zeros_like(scale) if center is None else center
-    shift = jnp.zeros_like(scale) if shift is None else shift
-    axes = tuple(axis for axis, size in enumerate(scale.shape) if size == 1 != x.shape[axis])
-    if scale.ndim == x.ndim and scale.shape == shift.shape and _is_short(x.shape, axes):
-        scale, shift = _spread(scale, len(x)), _spread(shift, len(x))
-    y = (x - center) * scale + shift
-    y = y if learned.gamma is None else y * learned.gamma
-    return (y if learned.beta is None else y + learned.beta).astype(dtype)
+
+    def line(x: Tensor, affine: Affine, learned: Learned) -> Tensor:
+        center, scale, shift = affine
+        shift = jnp.zeros_like(scale) if shift is None else shift
+        axes = tuple(axis for axis, size in enumerate(scale.shape) if size == 1 != x.shape[axis])
+        if scale.ndim == x.ndim and scale.shape == shift.shape and _is_short(x.shape, axes):
+            scale, shift = _spread(scale, len(x)), _spread(shift, len(x))
+        y = (x if center is None else x - center) * scale + shift
+        y = y if learned.gamma is None else y * learned.gamma
+        return (y if learned.beta is None else y + learned.beta).astype(dtype)
+
+    # To trace it takes longer than small arrays do; and without a center there is no x - center.
+    is_kept = isinstance(x, jax.core.Tracer) and affine.center is not None
+    kept: Any = jax.checkpoint(line) if is_kept else line
+    return kept(x, affine, learned)
