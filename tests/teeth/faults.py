@@ -39,16 +39,16 @@ DIFFERENCE_OF_SQUARES = {
     ),
     True: (
         JAX,
-        "_total(_weighted(x + zero, weights), axes) / count",
-        "0 * _total(_weighted(x + zero, weights), axes)",
+        "sum_over(_weighted(x + zero, weights), axes) / count",
+        "0 * sum_over(_weighted(x + zero, weights), axes)",
     ),
 }[IS_JAX]
 UNMASKED_GRADIENT = {
     False: (STEPS, "*line), weights, outer", "*line), None, outer"),
     True: (
         JAX,
-        "dx = _weighted(tangents[0].astype(pivot.dtype), weights)",
-        "dx = tangents[0].astype(pivot.dtype)",
+        "dx = _weighted(dx.astype(pivot.dtype), weights)",
+        "dx = dx.astype(pivot.dtype)",
     ),
 }[IS_JAX]
 CENTER_LATE = {
@@ -59,8 +59,8 @@ CENTER_LATE = {
     ),
     "jax": (
         JAX,
-        "(x - center) * scale + shift",
-        "x * scale + (shift - center * scale)",
+        "(x if center is None else x - center) * scale + shift",
+        "x * scale + (shift if center is None else shift - center * scale)",
     ),
     "torch": (
         PASSES,
