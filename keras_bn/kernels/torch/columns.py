@@ -17,9 +17,9 @@ from keras_bn.types import Tensor
 
 Axes = tuple[int, ...]
 
-# Rows that a kernel adds one by one: of 32 squares, equal or nearly so, the sum can miss the
+# Rows that a kernel adds one by one: of 32 terms, equal or nearly so, the sum can miss the
 # contract's bound. The fewest that make it worth while.
-_SQUARES, _PRODUCTS, _FEWEST = 16, 32, 8
+_MOST, _FEWEST = 16, 8
 # Elements of a matrix below which Python takes longer than the sums.
 SMALL = 1 << 14
 # κ up to which one pass is right: each row may add a rounding error of the size of the mean.
@@ -78,17 +78,15 @@ class _Matrices(NamedTuple):
         return sums.reshape(self.sums).permute(back)
 
 
-def _matrices(x: Tensor, axes: Axes, most: int) -> _Matrices | None:
-    """Return the view of a tensor, of so many rows; None where these kernels do not serve."""
+def _matrices(x: Tensor, axes: Axes) -> _Matrices | None:
+    """Return the view of a tensor; None where these kernels do not serve."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() < SMALL:
         return None
-    return _seen(tuple(x.shape), x.stride(), axes, most)
+    return _seen(tuple(x.shape), x.stride(), axes)
 
 
 @lru_cache(maxsize=1024)
-def _seen(
-    shape: tuple[int, ...], strides: tuple[int, ...], axes: Axes, most: int
-) -> _Matrices | None:
+def _seen(shape: tuple[int, ...], strides: tuple[int, ...], axes: Axes) -> _Matrices | None:
     """Return the view of a tensor of that shape and those strides."""
     order = tuple(sorted(range(len(shape)), key=strides.__getitem__, reverse=True))
     sizes = [shape[axis] for axis in order]
@@ -97,17 +95,17 @@ def _seen(
         return None
     sums = tuple(1 if axis in axes else shape[axis] for axis in order)
     starts = (i for i, size in enumerate(sums) if size == 1 and (i == 0 or sums[i - 1] != 1))
-    found = (_rows_from(order, sizes, sums, most, first) for first in starts)
+    found = (_rows_from(order, sizes, sums, first) for first in starts)
     return next((matrices for matrices in found if matrices is not None), None)
 
 
 def _rows_from(
-    order: Axes, sizes: list[int], sums: tuple[int, ...], most: int, first: int
+    order: Axes, sizes: list[int], sums: tuple[int, ...], first: int
 ) -> _Matrices | None:
     """Return matrices whose rows go along neighbouring summed axes; None where they are too few."""
     inner = next((i for i in range(first, len(sums)) if sums[i] != 1), len(sums))
     number, height = prod(sizes[:first]), prod(sizes[first:inner])
-    rows = next((rows for rows in range(most, _FEWEST - 1, -1) if height % rows == 0), None)
+    rows = next((rows for rows in range(_MOST, _FEWEST - 1, -1) if height % rows == 0), None)
     # A few rows in all: each column is nearly as much as what it sums, and may be far from 0.
     if rows is None or height < 2 * _FEWEST or prod(sizes[first:]) < SMALL:
         return None
@@ -123,7 +121,7 @@ def moments(x: Tensor, axes: Axes, dtype: torch.dtype) -> tuple[Tensor, Tensor |
     The m2 is None where a mean is so far from 0, in standard deviations, that it needs a pass more
     to be right; the mean is then near enough to begin with.
     """
-    seen = _matrices(x, axes, _SQUARES)
+    seen = _matrices(x, axes)
     if seen is None:
         return None
     # Their dtype is that of the results, which otherwise is that of x.
@@ -142,7 +140,7 @@ def products(
     x: Tensor, dy: Tensor, center: Tensor, axes: Axes, dtype: torch.dtype
 ) -> list[Tensor] | None:
     """Return Σ dy and Σ dy·(x - center); None where these kernels do not serve."""
-    seen = _matrices(x, axes, _PRODUCTS)
+    seen = _matrices(x, axes)
     gradients = None if seen is None or dy.dtype != x.dtype else seen.of(dy)
     if seen is None or gradients is None:
         return None

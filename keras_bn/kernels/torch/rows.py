@@ -142,7 +142,7 @@ def _gradients(seen: _Seen, x: Tensor, dy: Tensor, shape: Any, learned: Any) -> 
     # Wide, because the kernel would round gamma's gradient to half precision (torch 2.13).
     if seen.center is not None or x.dtype != gamma.dtype:
         found, d_gamma = of_pieces([True, True], _PIECE // shape.numel())
-        dx = torch.cat([part.to(x.dtype) for part in found]).view(x.shape)
+        dx = _joined([part.to(x.dtype) for part in found]).view(x.shape)
         return [dx, d_gamma, *d_beta]
     # To join what was made of pieces takes longer than to read the rows again.
     length = _ROWS * torch.get_num_threads()
