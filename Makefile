@@ -15,6 +15,8 @@ KEEP_MEMORY := MALLOC_TRIM_THRESHOLD_=2147483648 MALLOC_MMAP_THRESHOLD_=21474836
 # The oldest Keras is stated in one place, the package's own requirement.
 OLDEST_KERAS := $(shell sed -n 's/.*"keras>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
+COMPILED := $(wildcard keras_bn/kernels/compiled/*.[ch])
+
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMPS  := $(VENV)/stamps
@@ -69,7 +71,7 @@ $(STAMPS)/venv: $(wildcard $(PARTIAL))
 	$(PYTHON) -m venv --clear $(VENV)
 	@mkdir $(STAMPS) && touch $@
 
-$(STAMPS)/base: requirements/base.txt requirements/constraints.txt pyproject.toml $(STAMPS)/venv
+$(STAMPS)/base: requirements/base.txt requirements/constraints.txt pyproject.toml $(STAMPS)/venv $(COMPILED)
 	$(call install,-r $< && $(PIP) --no-deps --no-build-isolation --editable .)
 
 $(STAMPS)/oldest-keras: $(STAMPS)/base $(STAMPS)/torch $(STAMPS)/dev $(STAMPS)/examples

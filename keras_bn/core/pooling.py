@@ -18,6 +18,7 @@ class Pooling(NamedTuple):
         total: Sums an array of cells over those that belong together, given back to each of them;
             None where each cell is a set.
         together: How many cells make a set, where that is the same for all and known.
+        are_neighbours: Whether the cells of a set follow each other, axis after axis.
         is_centered: Whether moments are about the mean; else about 0, which stands for the mean.
         across: Merges the moments with those of the other replicas; None where there are none.
     """
@@ -26,6 +27,7 @@ class Pooling(NamedTuple):
     weights: Tensor | None = None
     total: Callable[[Tensor], Tensor] | None = None
     together: int | None = None
+    are_neighbours: bool = False
     is_centered: bool = True
     across: Callable[[Moments], Moments] | None = None
 

@@ -2,8 +2,6 @@
 
     moments(x, axes, weights) -> Moments    apply(x, affine, dtype) -> y
     normalize(x, pooling, ...) -> y, Moments: both, and the algebra between them
-    normalize_rows(x, axes, ...), normalize_groups(x, pooling, ...) -> y: the same for layer and
-    group normalization, where y is all
     harmless(x, weights) -> x with 0 for what weighs 0 and is too large, or NaN, to become 0 by it
     length(v, kept) -> |v|    with_length(v, g, kept) -> g·v / |v|: the same for a layer's kernel
 
@@ -33,8 +31,6 @@ from keras_bn.kernels.active import (
     is_foreign,
     moments,
     normalize,
-    normalize_groups,
-    normalize_rows,
 )
 from keras_bn.kernels.lengths import length, with_length
 
@@ -48,7 +44,5 @@ __all__ = [
     "length",
     "moments",
     "normalize",
-    "normalize_groups",
-    "normalize_rows",
     "with_length",
 ]

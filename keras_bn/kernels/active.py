@@ -84,9 +84,6 @@ def normalize(
         # Compiled code would sum what belongs together again for each element (torch 2.13).
         pooling = pooling._replace(total=lambda cells: _hold(total(cells)))
     plan = Plan(pooling, epsilon, dtype, None if correct is None else _held(correct), kept)
-    special: tuple[Tensor, Moments] | None = _special("normalize_batch", x, learned, plan)
-    if special is not None:
-        return special
     # JAX would count a collective inside a derivative by hand twice: then in parts.
     is_whole = pooling.across is None or hasattr(pooling.across, "total")
     if is_whole and hasattr(_kernel, "normalize"):
@@ -94,27 +91,6 @@ def normalize(
     else:
         y, found, *_ = normalization.normalize(_kernel, x, learned, plan)
     return y, found
-
-
-def normalize_rows(
-    x: Tensor, axes: tuple[int, ...], learned: Learned, epsilon: float, dtype: str
-) -> Tensor:
-    """Return y of `normalize` where each set lies along the axes, which gamma and beta have too."""
-    y = _special("normalize_rows", x, axes, learned, epsilon, dtype)
-    return normalize(x, Pooling(axes), learned, epsilon, dtype)[0] if y is None else y
-
-
-def normalize_groups(
-    x: Tensor, pooling: Pooling, learned: Learned, epsilon: float, dtype: str
-) -> Tensor:
-    """Return y of `normalize` where each set is some channels of one sample."""
-    y = _special("normalize_groups", x, pooling, learned, epsilon, dtype)
-    return normalize(x, pooling, learned, epsilon, dtype)[0] if y is None else y
-
-
-def _special(name: str, *args: Any) -> Any:
-    """Return what a backend's own function gives; None without one, or where it does not serve."""
-    return getattr(_kernel, name)(*args) if hasattr(_kernel, name) else None
 
 
 def is_compiling() -> bool:

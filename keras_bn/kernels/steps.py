@@ -13,7 +13,7 @@ from keras.backend import standardize_dtype
 from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.moments import Moments, is_static, positive, settled
 from keras_bn.kernels import generic
-from keras_bn.kernels.normalization import Plan, normalize, varies
+from keras_bn.kernels.normalization import Plan, Seen, normalize, varies
 from keras_bn.types import Tensor
 
 Axes = tuple[int, ...]
@@ -44,8 +44,8 @@ class Kernel:
 
     Args:
         passes: A module with sums (`number`, `total`, `squares`, `deviations`, `products`,
-            `mapped_products`, and `moments` where there is one) and maps (`mapped`, `scaled`,
-            `combined`, `weighted`).
+            `mapped_products`) and maps (`mapped`, `scaled`, `combined`, `weighted`). Where the
+            backend has them, `moments` in one pass, and a whole `normalize` with its `gradients`.
         run: Gives the results of a step and its inputs, with the step's derivative.
     """
 
@@ -109,6 +109,10 @@ class Kernel:
             plan = plan._replace(pooling=plan.pooling._replace(weights=weights))
 
         def forward(x: Tensor, *given: Tensor) -> Any:
+            whole = self._whole(x, learned.filled(given), plan)
+            if whole is not None:
+                y, found, seen = whole
+                return (y,), _tensors(found), seen
             y, found, seen = normalize(_Forward(passes), x, learned.filled(given), plan)
             # The others are no outputs.
             count, center = _apart(seen.count), _apart(seen.affine.center)
@@ -117,6 +121,8 @@ class Kernel:
 
         def backward(inputs: Any, seen: Any, grads: Any) -> Any:
             (x, *given), (dy,) = inputs, grads
+            if not isinstance(seen, Seen):
+                return passes.gradients(x, dy, learned.filled(given), seen, plan)
             return _gradients(passes, x, dy, learned.filled(given), seen, plan)
 
         def plain(inputs: Any, seen: Any) -> Any:
@@ -132,6 +138,16 @@ class Kernel:
         return y, Moments(passes.number(x, axes) * (plan.pooling.together or 1), *found)
 
 
+    def _whole(self, x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments, Any] | None:
+        """Return what one pass makes of all; None where there is none, or more to do."""
+        _, weights, total, *_, across = plan.pooling
+        is_merged = total is not None and not plan.pooling.are_neighbours
+        if any(part is not None for part in (weights, across, plan.correct)) or is_merged:
+            return None
+        find = getattr(self._passes, "normalize", None)
+        return None if find is None else find(x, learned, plan)
+
+
 class _Forward(NamedTuple):
     """The kernels of some passes, without gradients."""
 
@@ -142,12 +158,11 @@ class _Forward(NamedTuple):
         passes = self.passes
         count = passes.number(x, axes) if weights is None else self._count(x, axes, weights)
         divisor = positive(count)
-        is_able = weights is None and hasattr(passes, "moments")
-        found = passes.moments(x, axes) if is_able else None
-        mean, m2 = (passes.total(x, weights, axes) / divisor, None) if found is None else found
-        if m2 is not None:
-            return Moments(count, ops.zeros_like(mean), mean, m2)
-        pivot = settled(mean)
+        is_able = hasattr(passes, "moments")
+        found = passes.moments(x, weights, count, axes) if is_able else None
+        if found is not None:
+            return Moments(count, *found)
+        pivot = settled(passes.total(x, weights, axes) / divisor)
         first, second = passes.deviations(x, pivot, weights, axes)
         offset = first / divisor
         # The pivot is the rounded mean, so this subtracts next to nothing.

@@ -211,11 +211,6 @@ class Normalization(Configured):
             learned = Learned(*(part if part is None else view(part) for part in learned))
         return kernels.normalize(x, pooling, learned, self.epsilon, self.compute_dtype, **how)
 
-    def _normalized_groups(self, x: Tensor, pooling: Pooling) -> Tensor:
-        """Return the output, where each set is some channels of one sample."""
-        learned = self._learned(self._statistics_dtype(x))
-        return kernels.normalize_groups(x, pooling, learned, self.epsilon, self.compute_dtype)
-
 
 def _serialized(value: Any) -> Any:
     """Return an option in the form that a config holds."""

@@ -112,14 +112,16 @@ class GroupNormalization(Normalization):
         (axis,) = self._kept
         pooling = Pooling(reduced_axes(len(x.shape), (0, axis)), weights)
         if self.groups == -1:
-            return self._normalized_groups(x, pooling)
+            return self._normalized(x, pooling)[0]
         if not pooling.axes:
             return self._normalized_without_space(x, weights)
         # The channels of an image are not split: that would cost more than all sums together.
         channels = x.shape[axis]
-        total = group_total(axis, channels, self.groups)
         together = channels // self.groups
-        return self._normalized_groups(x, pooling._replace(total=total, together=together))
+        pooling = pooling._replace(
+            total=group_total(axis, channels, self.groups), together=together, are_neighbours=True
+        )
+        return self._normalized(x, pooling)[0]
 
     def _normalized_without_space(self, x: Tensor, weights: Tensor | None) -> Tensor:
         """Normalize an input of rank 2, whose groups lie side by side."""

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from keras_bn import kernels
 from keras_bn.core.pooling import Pooling
 from keras_bn.layers.base import Normalization
 from keras_bn.types import Tensor
@@ -86,8 +85,7 @@ class LayerNormalization(Normalization):
     def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the normalized input."""
         x, _ = self._prepared(inputs, None)
-        learned = self._learned(self._statistics_dtype(x))
-        return kernels.normalize_rows(x, self._kept, learned, self.epsilon, self.compute_dtype)
+        return self._normalized(x, Pooling(self._kept))[0]
 
 
 class RMSNormalization(Normalization):

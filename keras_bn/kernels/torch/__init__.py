@@ -5,9 +5,6 @@ import torch
 from keras_bn.kernels.steps import Kernel
 from keras_bn.kernels.torch import passes
 from keras_bn.kernels.torch.autograd import run
-from keras_bn.kernels.torch.batches import normalize_batch
-from keras_bn.kernels.torch.groups import normalize_groups
-from keras_bn.kernels.torch.rows import normalize_rows
 from keras_bn.types import Tensor
 
 __all__ = [
@@ -17,9 +14,6 @@ __all__ = [
     "is_compiling",
     "moments",
     "normalize",
-    "normalize_batch",
-    "normalize_groups",
-    "normalize_rows",
 ]
 
 harmless = passes.harmless

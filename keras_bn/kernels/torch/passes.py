@@ -14,7 +14,8 @@ import torch
 from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.dtypes import statistics_dtype
 from keras_bn.kernels import generic
-from keras_bn.kernels.torch import columns
+from keras_bn.kernels.normalization import Plan
+from keras_bn.kernels.torch import compiled
 from keras_bn.kernels.torch.autograd import is_transformed
 from keras_bn.kernels.torch.sums import sum_over
 from keras_bn.types import Tensor
@@ -32,9 +33,21 @@ def number(x: Tensor, axes: Axes) -> int:
     return math.prod([x.shape[axis] for axis in axes])  # a list: torch 2.13 traces no generator
 
 
-def moments(x: Tensor, axes: Axes) -> tuple[Tensor, Tensor | None] | None:
-    """Return the mean and, where one pass is enough for it, m2; None for neither."""
-    return columns.moments(x, axes, _wide(x))
+def moments(x: Tensor, weights: Tensor | None, count: Any, axes: Axes) -> Any:
+    """Return pivot, offset and m2, in one pass; None where that cannot be had."""
+    return compiled.moments(x, weights, count, axes)
+
+
+def normalize(x: Tensor, learned: Learned, plan: Plan) -> Any:
+    """Return y, the moments, and what `gradients` needs; None where that cannot be had at once."""
+    return compiled.normalize(x, learned, plan)
+
+
+def gradients(
+    x: Tensor, dy: Tensor, learned: Learned, affine: Tensor, plan: Plan
+) -> tuple[Tensor, ...]:
+    """Return the gradients of x and of what is learned, from what `normalize` gave."""
+    return compiled.gradients(x, dy, learned, affine, plan)
 
 
 def total(x: Tensor, weights: Tensor | None, axes: Axes) -> Tensor:
@@ -51,6 +64,9 @@ def total(x: Tensor, weights: Tensor | None, axes: Axes) -> Tensor:
 
 def squares(x: Tensor, axes: Axes) -> Tensor:
     """Return Σ x²."""
+    found = compiled.moments(x, None, number(x, axes), axes, is_centered=False)
+    if found is not None:
+        return found[-1]
     blocks = _row_blocks(x, axes)
     if blocks is not None:
         # The norm of a block makes no tensor of the size of x, as squares to be summed would.
@@ -93,7 +109,7 @@ def products(x: Tensor, dy: Tensor, center: Tensor | None, axes: Axes) -> list[A
     dtype = _wide(x)
     if center is None:
         return [None, *_summed(lambda part, d: (sum_over(part * d, axes, dtype),), [axes], x, dy)]
-    found = columns.products(x, dy, center, axes, dtype)
+    found = compiled.products(x, dy, center, axes)
     if found is not None:
         return found
 
@@ -110,6 +126,11 @@ def mapped_products(
 
     The first and third are None where the center is; z is (x - center)·scale + shift.
     """
+    is_centered = affine.center is not None
+    found = compiled.mapped_products(x, dy, affine, gamma, axes, shared)
+    if found is not None:
+        first, second, d_beta, d_gamma = found
+        return found if is_centered else [None, second, None, d_gamma]
     dtype = affine.scale.dtype
 
     def of(values: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -121,7 +142,6 @@ def mapped_products(
         second = of(_standard(part, center, scale, shift).mul_(d), factor)
         return second if center is None else (*second, *of(d, factor))
 
-    is_centered = affine.center is not None
     found = _summed(sums, [axes, shared] * (1 + is_centered), x, dy, gamma, *affine)
     second, d_gamma, first, d_beta = found if is_centered else [*found, None, None]
     return [first, second, d_beta, d_gamma]
@@ -129,6 +149,9 @@ def mapped_products(
 
 def mapped(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> Tensor:
     """Return ((x - center)·scale + shift)·gamma + beta."""
+    y = compiled.mapped(x, affine, getattr(torch, dtype), learned)
+    if y is not None:
+        return y
 
     def line(part: Any, *parts: Any, out: Any) -> Any:
         center, scale, shift, gamma, beta = parts
@@ -155,7 +178,7 @@ def _unless_zero(center: Tensor | None, x: Tensor) -> Tensor | None:
     """Return None for 0, where to see that costs less than to subtract it."""
     if center is None or torch.compiler.is_compiling() or center.device.type != "cpu":
         return center
-    is_worth_it = x.numel() > max(columns.SMALL, _FEW * center.numel())
+    is_worth_it = x.numel() > max(1 << 14, _FEW * center.numel())
     return None if is_worth_it and not center.any() else center
 
 
@@ -177,6 +200,9 @@ def combined(
     gamma: Tensor | None = None,
 ) -> Tensor:
     """Return gamma·dy·a + w·((x - center)·b + c), in the dtype of x, for the terms a, b, c."""
+    dx = compiled.combined(x, dy, center, terms, weights, gamma)
+    if dx is not None:
+        return dx
 
     def line(part: Any, d: Any, origin: Any, w: Any, g: Any, *terms: Any, out: Any) -> Tensor:
         a, b, c = terms

@@ -1,0 +1,85 @@
+"""The passes over big tensors on the CPU in C, where the package was built with a compiler.
+
+`KERAS_BN_KERNELS=uncompiled` does without them: then each pass is several of the backend's
+operations.
+"""
+
+import ctypes
+import importlib.util
+import os
+from functools import cache, lru_cache
+from itertools import accumulate
+from operator import mul
+
+from keras_bn.types import Shape
+
+# How passes.c numbers dtypes, and what it calls operands.
+TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+
+_INT, _LONG, _REAL, _DATA = ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+_NEST, _BIG = [_INT, _DATA], [_DATA, _INT]
+_ARGUMENTS = {
+    "moments": [*_NEST, *_BIG, _DATA, _DATA, _REAL, _INT, _LONG, _DATA, _INT],
+    "products": [*_NEST, *_BIG, *_BIG, _DATA, _LONG, _DATA, _INT],
+    "mapped_products": [*_NEST, *_BIG, *_BIG, *[_DATA] * 4, _LONG, _LONG, _DATA, _DATA, _INT],
+    "map": [*_NEST, *_BIG, *_BIG, *[_DATA] * 5, _INT],
+    "combined": [*_NEST, *_BIG, *_BIG, *_BIG, *[_DATA] * 6, _INT],
+    "normalize": [*_NEST, *_BIG, *_BIG, *[_DATA] * 2, _INT, _REAL, _LONG, _REAL, _INT, _LONG,
+                  _LONG, _DATA, _DATA, _INT],
+    "gradients": [*_NEST, *_BIG, *_BIG, *_BIG, _DATA, _INT, _REAL, _LONG, _INT, _LONG, _LONG,
+                  *[_DATA] * 3, _INT],
+}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """Return the library, with the threads that the backend has; None where there is none."""
+    found = importlib.util.find_spec(f"{__name__}.passes")
+    if found is None or os.environ.get("KERAS_BN_KERNELS") == "uncompiled":
+        return None
+    loaded = ctypes.CDLL(found.origin)
+    for name, types in _ARGUMENTS.items():
+        getattr(loaded, f"keras_bn_{name}").argtypes = types
+    process = ctypes.CDLL(None)
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    # Without an OpenMP runtime in the process, one thread does all.
+    if all(hasattr(process, name) for name in names):
+        loaded.keras_bn_threads(*(ctypes.cast(getattr(process, name), _DATA) for name in names))
+    return loaded
+
+
+@lru_cache(maxsize=4096)
+def dims(
+    shape: Shape,
+    x: Shape,
+    dy: Shape | None = None,
+    y: Shape | None = None,
+    weight: Shape | None = None,
+    cell: Shape | None = None,
+    column: Shape | None = None,
+) -> ctypes.Array[ctypes.c_int64]:
+    """Return sizes and strides as passes.c takes them.
+
+    Args:
+        shape: Sizes of the tensor.
+        x: Strides of the input [elements].
+        dy: Strides of the gradient of the output.
+        y: Strides of the output.
+        weight: Shape of the weights, which are dense.
+        cell: Shape of what there is for each sum, dense.
+        column: Shape of gamma and beta, dense.
+
+    Returns:
+        A row for the sizes, and one for the strides of each operand, 0 where it is absent.
+    """
+    absent = (0,) * len(shape)
+    large = [strides or absent for strides in (x, dy, y)]
+    small = [absent if sizes is None else _strides(sizes) for sizes in (weight, cell, column)]
+    rows = [number for row in (shape, *large, *small) for number in row]
+    return (ctypes.c_int64 * len(rows))(*rows)
+
+
+def _strides(sizes: Shape) -> Shape:
+    """Return the strides of a dense array, 0 where it is broadcast."""
+    steps = [*accumulate(reversed(sizes[1:]), mul, initial=1)][::-1]
+    return tuple(0 if size == 1 else step for size, step in zip(sizes, steps, strict=True))
