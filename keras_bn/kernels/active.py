@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+from keras import ops
 
 from keras_bn.core.affine import Affine, Learned
 from keras_bn.core.estimators import Corrector
@@ -91,6 +92,14 @@ def normalize(
     else:
         y, found, *_ = normalization.normalize(_kernel, x, learned, plan)
     return y, found
+
+
+def for_each(part: Tensor, number: Tensor) -> Tensor:
+    """Return what is learned, with a second axis in front of its own, of so many sets or of 1."""
+    if _backend == "torch":
+        return part[None]
+    # XLA sums the gradient along the first axis, but hardly along a second one.
+    return ops.broadcast_to(part, (number, *ops.shape(part)[1:]))[None]
 
 
 def is_compiling() -> bool:

@@ -137,12 +137,9 @@ class BatchStatistics(Normalization):
             each = Moments(*(p if is_static(p) else p[: ghosts.number] for p in cells))
         else:
             x, pooling = self._split(x, ghosts, pooling)
-
-            def repeated(part: Tensor) -> Tensor:
-                # XLA sums the gradient along the first axis, but hardly along a second one.
-                return ops.broadcast_to(part, (ghosts.number, *ops.shape(part)[1:]))[None]
-
-            y, sets = self._normalized_set(x, pooling, kept, repeated)
+            y, sets = self._normalized_set(
+                x, pooling, kept, lambda part: kernels.for_each(part, ghosts.number)
+            )
             each = Moments(*(p if is_static(p) else p[0] for p in sets))
             y = ghosts.join(y)
         number = ghosts.if_full(ghosts.number)

@@ -85,14 +85,20 @@ INLINED void finish_copies(void) {
 
 enum { FEW = 4, LANES = 16, HALF_LANES = LANES / 2 };
 typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
-typedef int32_t Choice __attribute__((vector_size(LANES * sizeof(float))));
 typedef float Eight __attribute__((vector_size(HALF_LANES * sizeof(float))));
 typedef double Doubles __attribute__((vector_size(HALF_LANES * sizeof(double))));
+typedef int64_t Choice __attribute__((vector_size(HALF_LANES * sizeof(double))));
 
 INLINED Floats loaded(const float *data) {
     Floats values;
     memcpy(&values, data, sizeof values);
     return values;
+}
+
+INLINED Doubles widened_eight(const float *data) {
+    Eight values;
+    memcpy(&values, data, sizeof values);
+    return __builtin_convertvector(values, Doubles);
 }
 
 INLINED Floats repeated(float value) { return (Floats){0} + value; }
@@ -142,28 +148,32 @@ INLINED double sum_of(const Total *total) {
 #define SOME(values, how, j) ((how) == MANY ? loaded((values) + (j)) : repeated(*(values)))
 #define OF(values, how) ((values)[(how) == MANY ? j : 0])
 
+/* Of the moments every term is exact: the sum of squares is much larger than what is left of it where
+   the pivot is far off. */
 INLINED void moments_line(const float *restrict x, int64_t n, int weight, const float *restrict w,
                           const float *restrict pivot, double *first, double *second) {
-#define LANES_FROM(j, a, b)                                                               \
-    do {                                                                                  \
-        Floats deviation = loaded(x + (j)) - *pivot, counted = deviation;                 \
-        if (weight) {                                                                     \
-            Floats own = SOME(w, weight, j);                                              \
-            /* What lies under a 0 does not matter, a NaN included. */                    \
-            deviation = (Floats)((Choice)deviation & (own != 0));                         \
-            counted = own * deviation;                                                    \
-        }                                                                                 \
-        a += counted, b += counted * deviation;                                           \
-    } while (0)
-#define ONE_AT(j, a, b)                                                                   \
-    do {                                                                                  \
-        float deviation = x[j] - *pivot, own = weight ? OF(w, weight) : 1;                \
-        deviation = own != 0 ? deviation : 0;                                             \
-        a += own * deviation, b += (double)(own * deviation) * deviation;                 \
-    } while (0)
-    ALONG_LINE(n, first, second, LANES_FROM, ONE_AT);
-#undef LANES_FROM
-#undef ONE_AT
+    Total firsts = {{0}, {0}}, seconds = {{0}, {0}};
+    double origin = *pivot, c = 0, d = 0;
+    int64_t j = 0;
+    for (; j + LANES <= n; j += LANES) {
+        for (int half = 0; half < 2; half++) {
+            int64_t from = j + half * HALF_LANES;
+            Doubles deviation = widened_eight(x + from) - origin, counted = deviation;
+            if (weight) {
+                Doubles own = weight == MANY ? widened_eight(w + from) : (Doubles){0} + *w;
+                /* What lies under a 0 does not matter, a NaN included. */
+                deviation = (Doubles)((Choice)deviation & (own != 0));
+                counted = own * deviation;
+            }
+            *(half ? &firsts.high : &firsts.low) += counted;
+            *(half ? &seconds.high : &seconds.low) += counted * deviation;
+        }
+    }
+    for (; j < n; j++) {
+        double own = weight ? OF(w, weight) : 1, deviation = own != 0 ? x[j] - origin : 0;
+        c += own * deviation, d += own * deviation * deviation;
+    }
+    *first += sum_of(&firsts) + c, *second += sum_of(&seconds) + d;
 }
 
 INLINED void products_line(const float *restrict x, const float *restrict dy, int64_t n,
@@ -217,14 +227,15 @@ INLINED void mapped_products_line(const float *restrict x, const float *restrict
 INLINED void moments_block(const float *restrict x, int64_t step, int rows, int64_t n, int weight,
                            const float *restrict w, const float *restrict pivot,
                            double *restrict first, double *restrict second) {
-#define TERM(i, a, b)                                                                     \
-    do {                                                                                  \
-        float deviation = x[i * step + j] - pivot[j], own = weight ? OF(w, weight) : 1;   \
-        deviation = own != 0 ? deviation : 0;                                             \
-        a += own * deviation, b += own * deviation * deviation;                           \
-    } while (0)
-    ALONG_ROWS(rows, n, first, second, TERM)
-#undef TERM
+    for (int64_t j = 0; j < n; j++) {
+        double a = 0, b = 0;
+        for (int i = 0; i < rows; i++) {
+            double own = weight ? OF(w, weight) : 1, deviation = x[i * step + j] - (double)pivot[j];
+            deviation = own != 0 ? deviation : 0;
+            a += own * deviation, b += own * deviation * deviation;
+        }
+        first[j] += a, second[j] += b;
+    }
 }
 
 INLINED void products_block(const float *restrict x, int64_t step, const float *restrict dy,

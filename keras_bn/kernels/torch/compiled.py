@@ -30,7 +30,7 @@ def serves(x: Tensor) -> bool:
         _library is not None
         and not torch.compiler.is_compiling()
         and x.dtype in _types
-        and x.device.type == "cpu"
+        and x.is_cpu
         and type(x) in _plain
         and not x.is_neg()
         and x.numel() > 0
@@ -43,17 +43,16 @@ def moments(
     x: Tensor, weights: Tensor | None, count: Any, axes: Axes, is_centered: bool = True
 ) -> list[Tensor] | None:
     """Return pivot, offset and m2 over the axes; about 0 if not centered."""
-    small = _dense(weights, None if isinstance(count, int) else count)
-    if not serves(x) or small is None:
-        return None
-    weights, counts = small
     sums = _sums(x, axes)
-    out = torch.empty((3, *sums))
-    nest = dims(x.shape, x.stride(), None, None, None if weights is None else weights.shape, sums)
+    weight, counts = _dense(weights), _dense(None if isinstance(count, int) else count, like=sums)
+    if not serves(x) or weight is None or counts is None:
+        return None
+    out = x.new_empty((3, *sums), dtype=torch.float32)
+    nest = dims(x.shape, x.stride(), None, None, *_shapes(*weight), sums)
     cells = out.numel() // 3
-    number = count if counts is None else 0
+    number = count if isinstance(count, int) else 0
     done = _library.keras_bn_moments(
-        x.ndim, nest, *_data(x), *_addresses(weights, counts), number, is_centered, cells,
+        x.ndim, nest, *_data(x), *_addresses(*weight, *counts), number, is_centered, cells,
         out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return list(out.unbind()) if done else None
@@ -65,7 +64,7 @@ def products(x: Tensor, dy: Tensor, center: Tensor, axes: Axes) -> list[Tensor] 
     small = _dense(center, like=sums)
     if not serves(x) or not serves(dy) or small is None:
         return None
-    out = torch.empty((2, *sums))
+    out = x.new_empty((2, *sums), dtype=torch.float32)
     nest = dims(x.shape, x.stride(), dy.stride(), None, None, sums)
     done = _library.keras_bn_products(
         x.ndim, nest, *_data(x), *_data(dy), *_addresses(*small), out.numel() // 2,
@@ -79,11 +78,11 @@ def mapped_products(
 ) -> list[Tensor] | None:
     """Return Σ gamma·dy, Σ gamma·dy·z, Σ dy and Σ dy·z; see `passes.mapped_products`."""
     sums, others = _sums(x, axes), _sums(x, shared)
-    gamma = torch.ones(others) if gamma is None else gamma
+    gamma = x.new_ones(others, dtype=torch.float32) if gamma is None else gamma
     small, learned = _dense(*_filled(affine), like=sums), _dense(gamma, like=others)
     if not serves(x) or not serves(dy) or small is None or learned is None:
         return None
-    out, columns = torch.empty((2, *sums)), torch.empty((2, *others))
+    out, columns = x.new_empty((2, *sums), dtype=torch.float32), x.new_empty((2, *others), dtype=torch.float32)
     nest = dims(x.shape, x.stride(), dy.stride(), None, None, sums, others)
     done = _library.keras_bn_mapped_products(
         x.ndim, nest, *_data(x), *_data(dy), *_addresses(*small, *learned), out.numel() // 2,
@@ -128,7 +127,7 @@ def combined(
     if not serves(x) or not serves(dy) or small is None or weight is None or learned is None:
         return None
     dx = torch.empty_like(x)
-    shapes = (None if part is None else part.shape for part in (*weight, small[0], *learned))
+    shapes = _shapes(*weight, small[0], *learned)
     nest = dims(x.shape, x.stride(), dy.stride(), dx.stride(), *shapes)
     done = _library.keras_bn_combined(
         x.ndim, nest, *_data(x), *_data(dy), *_data(dx), *_addresses(*weight, *small, *learned),
@@ -143,7 +142,7 @@ def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments,
     columns = _columns(learned, sums, plan.pooling.axes)
     if not serves(x) or dtype not in _types or columns is None:
         return None
-    y, affine, rest = torch.empty_like(x, dtype=dtype), torch.empty((3, *sums)), torch.empty((4, *sums))
+    y, affine, rest = torch.empty_like(x, dtype=dtype), x.new_empty((3, *sums), dtype=torch.float32), x.new_empty((4, *sums), dtype=torch.float32)
     gamma, beta = columns.parts
     nest = dims(x.shape, x.stride(), None, y.stride(), None, sums, columns.shape)
     cells = affine.numel() // 3
@@ -218,9 +217,9 @@ def _filled(affine: Affine) -> Affine:
 
 
 def _dense(*parts: Tensor | None, like: Axes | None = None) -> list[Any] | None:
-    """Return dense tensors of one shape, of float32; None for another dtype."""
+    """Return dense tensors of one shape; None for those of another dtype or device."""
     given = [part for part in parts if part is not None]
-    if any(part.dtype != torch.float32 for part in given):
+    if any(part.dtype != torch.float32 or not part.is_cpu for part in given):
         return None
     if like is not None or any(part.shape != given[0].shape for part in given):
         shape = like or torch.broadcast_shapes(*(part.shape for part in given))
@@ -230,6 +229,10 @@ def _dense(*parts: Tensor | None, like: Axes | None = None) -> list[Any] | None:
 
 def _sums(x: Tensor, axes: Axes) -> Axes:
     return tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
+
+
+def _shapes(*parts: Tensor | None) -> list[Axes | None]:
+    return [None if part is None else part.shape for part in parts]
 
 
 def _data(x: Tensor) -> tuple[int, int]:

@@ -1,0 +1,124 @@
+/* What a call does, and the threads and the memory that it does it with.
+
+   A cell is what is summed by itself; one or several neighbouring cells make a set, which is
+   normalized together. */
+
+#ifndef KERAS_BN_JOB_H
+#define KERAS_BN_JOB_H
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "lines.h"
+#include "nest.h"
+
+typedef enum { MOMENTS, PRODUCTS, MAPPED_PRODUCTS, MAP, COMBINED } Pass;
+
+/* Two sums for each of a number of cells or columns, from `first` on. Each part has its own, `copy`
+   apart; 0 where no two parts have a sum in common. */
+typedef struct {
+    double *sums;
+    int64_t first, number, copy;
+} Sums;
+
+typedef struct Job Job;
+
+/* Go through turns of the outermost loop, or through cells; `part` says whose sums are added to. */
+typedef void (*Stage)(Job *job, int64_t from, int64_t to, int part);
+
+/* What a call does: stages, of which some may be missing, and what they work on. */
+struct Job {
+    Stage sum, finish, map;
+    Nest nest;
+    int64_t many; /* turns of the outermost loop that stay in the cache */
+    int parts, types[Y + 1];
+    char *big[Y + 1];
+    const float *weights, *gamma, *beta;
+    float *center, *scale, *shift, *factor, *slope, *level, *offset, *m2;
+    Sums cells, columns;
+    const float *counts;
+    double count, epsilon;
+    int64_t all;      /* how many cells there are */
+    int64_t together; /* how many neighbouring cells make a set */
+    int varies;       /* whether gamma varies within a set */
+    int is_centered, is_far, is_past_caches;
+};
+
+typedef struct {
+    void (*body)(Job *job, int part);
+    Job *job;
+} Team;
+
+static void (*start)(void (*)(void *), void *, unsigned, unsigned);
+static int (*member_number)(void), (*team_size)(void);
+
+/* Take the threads of an OpenMP runtime: GOMP_parallel, omp_get_thread_num, omp_get_num_threads. */
+void keras_bn_threads(void *parallel, void *thread_number, void *thread_count) {
+    start = (void (*)(void (*)(void *), void *, unsigned, unsigned))parallel;
+    member_number = (int (*)(void))thread_number;
+    team_size = (int (*)(void))thread_count;
+}
+
+static void as_member(void *given) {
+    Team *team = given;
+    /* The runtime may give fewer threads than there are parts. */
+    for (int part = member_number(); part < team->job->parts; part += team_size())
+        team->body(team->job, part);
+}
+
+static void in_parts(void (*body)(Job *, int), Job *job) {
+    Team team = {body, job};
+    if (job->parts > 1 && start) {
+        start(as_member, &team, (unsigned)job->parts, 0);
+        return;
+    }
+    for (int part = 0; part < job->parts; part++) body(job, part);
+}
+
+/* Elements that stay in a core's cache beside as many others; bytes that stay in none until they are
+   read again; elements that are not worth waking a thread for. */
+enum { CHUNK = 1 << 14, LARGE = 1 << 23, SMALL = 1 << 15 };
+
+/* Say whether each turn of the outermost loop has sets of its own, side by side among all. */
+static int are_apart(const Job *job) {
+    int64_t stride = job->nest.stride[CELL][0];
+    return stride * job->nest.size[0] == job->all && stride % job->together == 0;
+}
+
+static int allocate(Sums *sums, int64_t number, int copies) {
+    sums->number = number;
+    /* Apart by more than what a processor fetches at a time, or parts would wait for each other. */
+    sums->copy = copies > 1 ? 2 * number + 64 : 0;
+    sums->sums = calloc((size_t)(2 * number + sums->copy * (copies - 1)), sizeof(double));
+    return sums->sums != NULL;
+}
+
+/* Make the nest of a job, its parts and its sums of cells and of columns (0 for none); 0 where they
+   cannot be had. */
+static int prepare(Job *job, int rank, const int64_t *dims, int64_t cells, int64_t columns,
+                   int threads) {
+    Nest *nest = &job->nest;
+    if (!plan(nest, rank, dims, threads, job->sum != 0)) return 0;
+    int64_t turn = 1;
+    for (int i = 1; i < nest->rank; i++) turn *= nest->size[i];
+    int64_t elements = turn * nest->size[0], limit = nest->size[0] < threads ? nest->size[0] : threads;
+    job->parts = elements < SMALL ? 1 : (int)limit;
+    job->is_past_caches = elements * WIDTH[job->types[Y]] >= LARGE;
+    job->many = turn < CHUNK ? CHUNK / turn : 1;
+    job->all = cells;
+    if (!job->sum) return 1;
+    int64_t chunk = job->many < nest->size[0] ? job->many : nest->size[0];
+    int is_shared = !nest->stride[CELL][0], is_apart = are_apart(job);
+    int64_t number = is_apart ? chunk * nest->stride[CELL][0] : cells;
+    if (!allocate(&job->cells, number, is_apart || is_shared ? job->parts : 1)) return 0;
+    if (!columns || allocate(&job->columns, columns, job->parts)) return 1;
+    free(job->cells.sums);
+    return 0;
+}
+
+static void release(Job *job) {
+    free(job->cells.sums);
+    free(job->columns.sums);
+}
+
+#endif

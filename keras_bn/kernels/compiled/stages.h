@@ -1,0 +1,257 @@
+/* What becomes of sums: moments, maps and gradients of cells and sets; and the stages in turn. */
+
+#ifndef KERAS_BN_STAGES_H
+#define KERAS_BN_STAGES_H
+
+#include <math.h>
+
+#include "passes.h"
+
+/* Set the sums of some cells to 0. */
+static void clear(Job *job, int64_t from, int64_t to) {
+    Sums *sums = &job->cells;
+    for (int part = 0; part < (sums->copy ? job->parts : 1); part++)
+        for (int half = 0; half < 2; half++)
+            memset(sums->sums + part * sums->copy + half * sums->number + from - sums->first, 0,
+                   (size_t)(to - from) * sizeof(double));
+}
+
+/* Add what the other parts have to the sums of some cells. */
+static void join_parts(Job *job, const Sums *sums, int64_t from, int64_t to) {
+    for (int part = 1; sums->copy && part < job->parts; part++)
+        for (int half = 0; half < 2; half++)
+            for (int64_t i = from; i < to; i++)
+                sums->sums[half * sums->number + i] += sums->sums[part * sums->copy + half * sums->number + i];
+}
+
+/* Take the first element of each sum as its pivot. */
+static void find_pivots(Job *job, int64_t from, int64_t to) {
+    Nest nest = job->nest;
+    for (int i = 0; i < nest.rank; i++)
+        if (!nest.stride[CELL][i]) nest.size[i] = 1;
+    if (!nest.stride[CELL][0]) to = from + 1;
+    int loop = nest.rank - 2, type = job->types[X];
+    for (Walk walk = walk_of(&nest, from, to); walk.left > 0; next_turn(&walk)) {
+        for (int64_t line = 0; line < walk.lines; line++) {
+            int64_t at = walk.at[X] + line * nest.stride[X][loop];
+            int64_t cell = walk.at[CELL] + line * nest.stride[CELL][loop];
+            int64_t weight = walk.at[WEIGHT] + line * nest.stride[WEIGHT][loop];
+            for (int64_t j = 0; j < nest.size[loop + 1]; j++) {
+                float room, x = *widened(job->big[X] + (at + j) * WIDTH[type], type, 1, &room);
+                int is_counted = !job->weights
+                    || job->weights[weight + j * nest.stride[WEIGHT][loop + 1]] > 0;
+                job->center[cell + j] = isfinite(x) && is_counted && job->is_centered ? x : 0;
+            }
+        }
+    }
+}
+
+/* Turn the sums of cells into moments. */
+FOR_EACH_CPU static void finish_moments(Job *job, int64_t from, int64_t to, int part) {
+    (void)part;
+    const double *first = job->cells.sums - job->cells.first, *second = first + job->cells.number;
+    int is_far = 0;
+    for (int64_t i = from; i < to; i++) {
+        double count = job->counts ? job->counts[i] : job->count;
+        double distance = job->is_centered ? first[i] / (count > 0 ? count : 1) : 0;
+        double rest = second[i] - first[i] * distance, mean = job->center[i] + distance;
+        /* 12 of 53 bits may go. */
+        is_far |= first[i] * distance > 4096 * rest;
+        job->center[i] = (float)mean;
+        job->offset[i] = (float)(mean - job->center[i]);
+        job->m2[i] = rest < 0 ? 0 : (float)rest; /* a NaN stays one */
+    }
+    if (is_far) job->is_far = 1;
+}
+
+/* Give each cell the moments of its set, as core/moments.py merges them. */
+static void merge(Job *job, int64_t from, int64_t to) {
+    int64_t number = job->together;
+    for (int64_t set = from; set < to; set += number) {
+        double distance = 0, m2 = 0, pivot = job->center[set];
+        for (int64_t i = set; i < set + number; i++)
+            distance += (job->center[i] - pivot + job->offset[i]) / number;
+        for (int64_t i = set; i < set + number; i++) {
+            double own = job->center[i] - pivot + job->offset[i] - distance;
+            m2 += job->m2[i] + job->count * own * own;
+        }
+        float center = (float)(pivot + distance), offset = (float)(pivot + distance - center);
+        for (int64_t i = set; i < set + number; i++)
+            job->center[i] = center, job->offset[i] = offset, job->m2[i] = (float)m2;
+    }
+}
+
+/* Say whether gamma and beta belong to cells, and how many cells there are until their columns begin
+   again. */
+static int is_composed(const Job *job) { return job->gamma && !job->varies; }
+
+static int64_t cells_to_wrap(const Job *job, int64_t i, int64_t to) {
+    int64_t ahead = job->columns.number - i % job->columns.number;
+    return ahead < to - i ? ahead : to - i;
+}
+
+/* Turn the sums of cells into the map of each. */
+FOR_EACH_CPU static void finish_map(Job *job, int64_t from, int64_t to, int part) {
+    finish_moments(job, from, to, part);
+    if (job->together > 1) merge(job, from, to);
+    double count = job->count * job->together;
+    for (int64_t i = from; i < to; i++) {
+        float scale = (float)(1 / sqrt(job->m2[i] / count + job->epsilon));
+        job->scale[i] = job->slope[i] = scale;
+        job->shift[i] = job->level[i] = -job->offset[i] * scale;
+    }
+    for (int64_t i = from, n; is_composed(job) && i < to; i += n) {
+        const float *gamma = job->gamma + i % job->columns.number;
+        const float *beta = job->beta + i % job->columns.number;
+        n = cells_to_wrap(job, i, to);
+        for (int64_t j = 0; j < n; j++) {
+            job->slope[i + j] *= gamma[j];
+            job->level[i + j] = job->level[i + j] * gamma[j] + beta[j];
+        }
+    }
+}
+
+/* Keep the sums of cells as levels and slopes. */
+static void finish_sums(Job *job, int64_t from, int64_t to, int part) {
+    (void)part;
+    const double *first = job->cells.sums - job->cells.first, *second = first + job->cells.number;
+    for (int64_t i = from; i < to; i++) job->level[i] = (float)first[i], job->slope[i] = (float)second[i];
+}
+
+/* Turn Σ dy and Σ dy·(x - center) into Σ dy·z, and both into Σ g·dy and Σ g·dy·z. */
+static void weigh(Job *job, int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; i++) {
+        job->factor[i] = job->scale[i];
+        if (!job->varies) job->slope[i] = job->slope[i] * job->scale[i] + job->level[i] * job->shift[i];
+    }
+    for (int64_t i = from, n; is_composed(job) && i < to; i += n) {
+        const float *gamma = job->gamma + i % job->columns.number;
+        n = cells_to_wrap(job, i, to);
+        for (int64_t j = 0; j < n; j++)
+            job->level[i + j] *= gamma[j], job->slope[i + j] *= gamma[j],
+                job->factor[i + j] *= gamma[j];
+    }
+}
+
+/* Give each cell the sums of its set. */
+static void share(Job *job, int64_t from, int64_t to) {
+    for (int64_t set = from; set < to; set += job->together) {
+        double first = 0, second = 0;
+        for (int64_t i = set; i < set + job->together; i++)
+            first += job->level[i], second += job->slope[i];
+        for (int64_t i = set; i < set + job->together; i++)
+            job->level[i] = (float)first, job->slope[i] = (float)second;
+    }
+}
+
+/* Over a set of n, dx = scale·(g·dy - Σ g·dy / n - z·Σ g·dy·z / n): with z = (x - center)·scale + shift
+   that is scale·g·dy + (x - center)·slope + level. */
+FOR_EACH_CPU static void finish_gradients(Job *job, int64_t from, int64_t to, int part) {
+    finish_sums(job, from, to, part);
+    weigh(job, from, to);
+    if (job->together > 1) share(job, from, to);
+    double count = job->count * job->together;
+    for (int64_t i = from; i < to; i++) {
+        float slope = (float)(-job->slope[i] / count * job->scale[i]);
+        float level = job->is_centered ? (float)(-job->level[i] / count * job->scale[i]) : 0;
+        job->slope[i] = slope * job->scale[i];
+        job->level[i] = level + slope * job->shift[i];
+    }
+}
+
+/* Add the sums of some cells, Σ dy and Σ dy·z, to those of some columns. */
+static void add_to_columns(Job *job, int64_t from, int64_t to, int64_t lowest, int64_t highest,
+                           int part) {
+    const double *first = job->cells.sums - job->cells.first, *second = first + job->cells.number;
+    double *firsts = job->columns.sums + part * job->columns.copy;
+    double *seconds = firsts + job->columns.number;
+    for (int64_t i = from, n; i < to; i += n) {
+        int64_t column = i % job->columns.number;
+        n = cells_to_wrap(job, i, to);
+        int64_t low = lowest > column ? lowest - column : 0;
+        int64_t high = highest - column < n ? highest - column : n;
+        for (int64_t j = low; j < high; j++) {
+            firsts[column + j] += first[i + j];
+            seconds[column + j] += second[i + j] * job->scale[i + j] + first[i + j] * job->shift[i + j];
+        }
+    }
+}
+
+static void write_columns(Job *job, float *out) {
+    join_parts(job, &job->columns, 0, job->columns.number);
+    for (int64_t i = 0; i < 2 * job->columns.number; i++) out[i] = (float)job->columns.sums[i];
+}
+
+/* ---- The stages in turn: either all of them for what stays in the cache, and then for the next, or
+   each for the whole tensor. */
+
+static void sum_and_finish(Job *job, int64_t from, int64_t to, int part) {
+    int64_t stride = job->nest.stride[CELL][0], first = from * stride, last = to * stride;
+    if (job->sum == sum_moments) find_pivots(job, from, to);
+    job->cells.first = first;
+    for (int times = 0; times < 2; times++) {
+        job->is_far = 0;
+        clear(job, first, last);
+        job->sum(job, from, to, part);
+        job->finish(job, first, last, part);
+        if (!job->is_far) return;
+    }
+}
+
+static void all_of_part(Job *shared, int part) {
+    Job own = *shared, *job = &own;
+    int64_t size = job->nest.size[0], end = size * (part + 1) / job->parts;
+    int64_t stride = job->nest.stride[CELL][0];
+    job->cells.sums += part * job->cells.copy;
+    job->cells.copy = 0;
+    for (int64_t from = size * part / job->parts, to; from < end; from = to) {
+        to = from + job->many < end ? from + job->many : end;
+        sum_and_finish(job, from, to, part);
+        if (job->columns.sums && !job->varies)
+            add_to_columns(job, from * stride, to * stride, 0, job->columns.number, part);
+        if (job->map) job->map(job, from, to, part);
+    }
+    finish_copies();
+}
+
+static void sums_of_part(Job *job, int part) {
+    int64_t size = job->nest.size[0];
+    job->sum(job, size * part / job->parts, size * (part + 1) / job->parts, part);
+}
+
+static void finish_of_part(Job *job, int part) {
+    int64_t together = job->together, sets = job->all / together;
+    int64_t from = sets * part / job->parts * together, to = sets * (part + 1) / job->parts * together;
+    join_parts(job, &job->cells, from, to);
+    job->finish(job, from, to, part);
+}
+
+static void columns_of_part(Job *job, int part) {
+    int64_t number = job->columns.number;
+    add_to_columns(job, 0, job->all, number * part / job->parts, number * (part + 1) / job->parts, 0);
+}
+
+static void map_of_part(Job *job, int part) {
+    int64_t size = job->nest.size[0];
+    job->map(job, size * part / job->parts, size * (part + 1) / job->parts, part);
+    finish_copies();
+}
+
+static void run(Job *job) {
+    if (job->sum && are_apart(job)) {
+        in_parts(all_of_part, job);
+        return;
+    }
+    if (job->sum == sum_moments) find_pivots(job, 0, job->nest.size[0]);
+    for (int times = 0; job->sum && times < 2; times++) {
+        if (times) clear(job, 0, job->all);
+        in_parts(sums_of_part, job);
+        in_parts(finish_of_part, job);
+        if (!job->is_far) break;
+        job->is_far = 0;
+    }
+    if (job->columns.sums && !job->varies) in_parts(columns_of_part, job);
+    if (job->map) in_parts(map_of_part, job);
+}
+
+#endif
