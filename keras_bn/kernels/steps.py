@@ -137,7 +137,6 @@ class Kernel:
             return y, Moments(*found)
         return y, Moments(passes.number(x, axes) * (plan.pooling.together or 1), *found)
 
-
     def _whole(self, x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments, Any] | None:
         """Return what one pass makes of all; None where there is none, or more to do."""
         _, weights, total, *_, across = plan.pooling

@@ -15,6 +15,11 @@ class Fault(NamedTuple):
     faulty: str
     tests: str
 
+    @property
+    def kernels(self) -> str:
+        """Which of the kernels must be at work: what is compiled would hide what is not."""
+        return "" if "compiled" in self.file else "uncompiled"
+
 
 # Tests that are quick. When the fuzz draws other cases, a run without the number finds another one.
 FUZZ = "tests/test_fuzz.py::test_layer_agrees_with_the_oracle[{}]"
@@ -323,43 +328,53 @@ if IS_JAX:
 REPLICAS = f"kernels/{BACKEND}/replicas.py"
 PAIRS = "tests/distributed/test_torch.py -k 'two_processes and batch'"
 if BACKEND == "torch":
-    COLUMNS = "kernels/torch/columns.py"
+    COMPILED = "kernels/compiled/"
+    EVERYWHERE = "tests/kernels/test_compiled.py"
     FAULTS |= {
-        "one pass for what is far from 0": Fault(
-            COLUMNS,
-            "is_near = (mean.abs() <= _NEAR * (spread / seen.together).sqrt()).all()",
-            "is_near = True",
-            "tests/layers/test_columns.py",
+        "deviations from a first element that is an outlier": Fault(
+            f"{COMPILED}stages.h", "if (is_far) job->is_far = 1;", "", EVERYWHERE
         ),
-        "few samples that are far from 0 left to the native kernel": Fault(
-            "kernels/torch/batches.py",
-            "if not torch.addcmul(variance, mean, mean, value=-(near**-2)).min().item() >= 0:",
-            "if False:",
-            "tests/layers/test_columns.py -k few",
+        "terms of moments added in single precision": Fault(
+            f"{COMPILED}lines.h",
+            "a += own * deviation, b += own * deviation * deviation;",
+            "a += own * deviation, b = (float)(b + own * deviation * deviation);",
+            "tests/layers/test_columns.py -k 'about_0 or one_pass'",
         ),
-        "groups that are far from 0 left to the native kernel": Fault(
-            "kernels/torch/groups.py",
-            "if not are_near(mean, inverse):",
-            "if False:",
-            "tests/layers/test_groups.py -k far",
+        "sums of the other threads forgotten": Fault(
+            f"{COMPILED}stages.h",
+            "for (int part = 1; sums->copy && part < job->parts; part++)",
+            "for (int part = 1; sums->copy && part < 0; part++)",
+            EVERYWHERE,
         ),
-        "rows added one by one": Fault(
-            COLUMNS,
-            "_MOST, _FEWEST = 16, 8",
-            "_MOST, _FEWEST = 1024, 8",
-            "tests/layers/test_columns.py",
+        "channels of a group left apart": Fault(
+            f"{COMPILED}stages.h",
+            "if (job->together > 1) merge(job, from, to);",
+            "",
+            "tests/layers/test_groups.py",
+        ),
+        "NaN under a 0 summed": Fault(
+            f"{COMPILED}lines.h",
+            "deviation = (Doubles)((Choice)deviation & (own != 0));",
+            "",
+            EVERYWHERE,
+        ),
+        "bfloat16 cut off, not rounded": Fault(
+            f"{COMPILED}lines.h",
+            "(bits[j] + 0x7fff + ((bits[j] >> 16) & 1)) >> 16",
+            "bits[j] >> 16",
+            "tests/kernels/test_compiled.py",
+        ),
+        "memory read without regard to who traces": Fault(
+            "kernels/torch/compiled.py",
+            "and not _len_torch_dispatch_stack()",
+            "",
+            "tests/kernels/test_compiled.py -k traced",
         ),
         "long blocks added one by one by compiled loops": Fault(
             "kernels/torch/sums.py",
             "_BLOCK, _VECTOR = 16, 8",
             "_BLOCK, _VECTOR = 4096, 8",
             "tests/kernels/test_torch.py -k compiled_sums",
-        ),
-        "memory read without its strides": Fault(
-            COLUMNS,
-            "cells.reshape(self.number, -1).contiguous()",
-            "cells.reshape(self.number, -1)",
-            "tests/layers/test_columns.py -k 10-one",
         ),
         "gradients of replicas not summed": Fault(
             STEPS, "terms = across.total(ops.stack(terms))", "pass", PAIRS

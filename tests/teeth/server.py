@@ -1,7 +1,8 @@
 """Runs pytest again and again in one process, which has imported Keras and its backend once.
 
-A request is a line of JSON, {"folder": ..., "tests": [...]}: run these tests of the copy of the
-package that the folder holds. The answer is a line, the failed tests with their last line.
+A request is a line of JSON, {"folder": ..., "tests": [...], "kernels": ...}: run these tests of the
+copy of the package that the folder holds, with these kernels. The answer is a line, the failed
+tests with their last line.
 """
 
 import importlib
@@ -31,8 +32,9 @@ class Failures:
             self.found.setdefault(report.nodeid, (errors or lines)[0][:200])
 
 
-def run(folder: str, tests: list[str]) -> dict[str, str]:
+def run(folder: str, tests: list[str], kernels: str) -> dict[str, str]:
     """Run the tests in a folder until one fails; return what failed."""
+    os.environ["KERAS_BN_KERNELS"] = kernels
     for name in [name for name in sys.modules if name.split(".")[0] in ("keras_bn", "tests")]:
         del sys.modules[name]
     os.chdir(folder)

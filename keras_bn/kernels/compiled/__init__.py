@@ -10,6 +10,7 @@ import os
 from functools import cache, lru_cache
 from itertools import accumulate
 from operator import mul
+from typing import Any
 
 from keras_bn.types import Shape
 
@@ -24,10 +25,37 @@ _ARGUMENTS = {
     "mapped_products": [*_NEST, *_BIG, *_BIG, *[_DATA] * 4, _LONG, _LONG, _DATA, _DATA, _INT],
     "map": [*_NEST, *_BIG, *_BIG, *[_DATA] * 5, _INT],
     "combined": [*_NEST, *_BIG, *_BIG, *_BIG, *[_DATA] * 6, _INT],
-    "normalize": [*_NEST, *_BIG, *_BIG, *[_DATA] * 2, _INT, _REAL, _LONG, _REAL, _INT, _LONG,
-                  _LONG, _DATA, _DATA, _INT],
-    "gradients": [*_NEST, *_BIG, *_BIG, *_BIG, _DATA, _INT, _REAL, _LONG, _INT, _LONG, _LONG,
-                  *[_DATA] * 3, _INT],
+    "normalize": [
+        *_NEST,
+        *_BIG,
+        *_BIG,
+        *[_DATA] * 2,
+        _INT,
+        _REAL,
+        _LONG,
+        _REAL,
+        _INT,
+        _LONG,
+        _LONG,
+        _DATA,
+        _DATA,
+        _INT,
+    ],
+    "gradients": [
+        *_NEST,
+        *_BIG,
+        *_BIG,
+        *_BIG,
+        _DATA,
+        _INT,
+        _REAL,
+        _LONG,
+        _INT,
+        _LONG,
+        _LONG,
+        *[_DATA] * 3,
+        _INT,
+    ],
 }
 
 
@@ -75,7 +103,7 @@ def dims(
     absent = (0,) * len(shape)
     large = [strides or absent for strides in (x, dy, y)]
     small = [absent if sizes is None else _strides(sizes) for sizes in (weight, cell, column)]
-    rows = [number for row in (shape, *large, *small) for number in row]
+    rows: list[Any] = [number for row in (shape, *large, *small) for number in row]
     return (ctypes.c_int64 * len(rows))(*rows)
 
 

@@ -6,10 +6,12 @@
 #include "job.h"
 
 /* Compiled for several generations of processors, of which the library's loader chooses. */
+#ifndef FOR_EACH_CPU
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FOR_EACH_CPU
+#endif
 #endif
 
 /* Return lines in float32, from memory or from a room for them, and the step from one to the next. */

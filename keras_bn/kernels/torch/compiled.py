@@ -17,7 +17,7 @@ from keras_bn.types import Tensor
 
 Axes = tuple[int, ...]
 
-_library = library()
+_library: Any = library()
 _types = {getattr(torch, name): number for name, number in TYPES.items()}
 if _library is not None and not _library.keras_bn_reads_half():
     del _types[torch.float16]
@@ -25,17 +25,17 @@ _plain = (torch.Tensor, torch.nn.Parameter)
 
 
 def serves(x: Tensor) -> bool:
-    """Say whether the passes take a tensor: memory of the CPU that nobody else interprets."""
+    """Say whether the passes take a tensor: memory of the CPU that nobody else looks at."""
     return (
         _library is not None
         and not torch.compiler.is_compiling()
+        and _get_tracing_state() is None
+        and not _len_torch_dispatch_stack()
         and x.dtype in _types
         and x.is_cpu
         and type(x) in _plain
         and not x.is_neg()
         and x.numel() > 0
-        and not _len_torch_dispatch_stack()
-        and _get_tracing_state() is None
     )
 
 
@@ -82,7 +82,10 @@ def mapped_products(
     small, learned = _dense(*_filled(affine), like=sums), _dense(gamma, like=others)
     if not serves(x) or not serves(dy) or small is None or learned is None:
         return None
-    out, columns = x.new_empty((2, *sums), dtype=torch.float32), x.new_empty((2, *others), dtype=torch.float32)
+    out, columns = (
+        x.new_empty((2, *sums), dtype=torch.float32),
+        x.new_empty((2, *others), dtype=torch.float32),
+    )
     nest = dims(x.shape, x.stride(), dy.stride(), None, None, sums, others)
     done = _library.keras_bn_mapped_products(
         x.ndim, nest, *_data(x), *_data(dy), *_addresses(*small, *learned), out.numel() // 2,
@@ -142,18 +145,19 @@ def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments,
     columns = _columns(learned, sums, plan.pooling.axes)
     if not serves(x) or dtype not in _types or columns is None:
         return None
-    y, affine, rest = torch.empty_like(x, dtype=dtype), x.new_empty((3, *sums), dtype=torch.float32), x.new_empty((4, *sums), dtype=torch.float32)
-    gamma, beta = columns.parts
+    y = torch.empty_like(x, dtype=dtype)
+    affine, rest = (x.new_empty((number, *sums), dtype=torch.float32) for number in (3, 4))
     nest = dims(x.shape, x.stride(), None, y.stride(), None, sums, columns.shape)
     cells = affine.numel() // 3
-    together = plan.pooling.together or 1
+    size, together = x.numel() // cells, plan.pooling.together or 1
     done = _library.keras_bn_normalize(
-        x.ndim, nest, *_data(x), *_data(y), *_addresses(gamma, beta), columns.varies,
-        x.numel() // cells, together, plan.epsilon, plan.pooling.is_centered, cells,
-        math.prod(columns.shape), affine.data_ptr(), rest.data_ptr(), torch.get_num_threads(),
+        x.ndim, nest, *_data(x), *_data(y), *_addresses(*columns.parts), columns.varies, size,
+        together, plan.epsilon, plan.pooling.is_centered, cells, math.prod(columns.shape),
+        affine.data_ptr(), rest.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    count = x.numel() // cells * together
-    return (y, Moments(count, affine[0], rest[0], rest[1]), affine) if done else None
+    if not done:
+        return None if x.is_contiguous() else normalize(x.contiguous(), learned, plan)
+    return y, Moments(size * together, affine[0], rest[0], rest[1]), affine
 
 
 def gradients(
@@ -162,19 +166,22 @@ def gradients(
     """Return the gradients of x and of what is learned, from the maps that `normalize` gave."""
     if dy.dtype not in _types or dy.stride() != x.stride():
         dy = torch.empty_like(x).copy_(dy)
-    dx, rest = torch.empty_like(x), torch.empty_like(affine)
-    columns = _columns(learned, affine.shape[1:], plan.pooling.axes)
+    dx, work = torch.empty_like(x), torch.empty_like(affine)
+    columns: Any = _columns(learned, affine.shape[1:], plan.pooling.axes)
     gamma, _ = columns.parts
     found = affine.new_empty((2, *columns.shape))
-    nest = dims(x.shape, x.stride(), dy.stride(), dx.stride(), None, rest.shape[1:], columns.shape)
-    cells = rest.numel() // 3
-    _library.keras_bn_gradients(
+    nest = dims(x.shape, x.stride(), dy.stride(), dx.stride(), None, work.shape[1:], columns.shape)
+    cells = work.numel() // 3
+    done = _library.keras_bn_gradients(
         x.ndim, nest, *_data(x), *_data(dy), *_data(dx), *_addresses(gamma), columns.varies,
         x.numel() // cells, plan.pooling.together or 1, plan.pooling.is_centered, cells,
-        found.numel() // 2, affine.data_ptr(), rest.data_ptr(), found.data_ptr(),
+        math.prod(columns.shape), affine.data_ptr(), work.data_ptr(), found.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
-    pairs = zip(found.flip(0), learned, strict=True)
+    if not done:
+        return gradients(x.contiguous(), dy, learned, affine, plan)
+    d_beta, d_gamma = found.unbind()
+    pairs = zip((d_gamma, d_beta), learned, strict=True)
     return dx, *(gradient for gradient, part in pairs if part is not None)
 
 

@@ -1,0 +1,248 @@
+"""The passes in C beside the float64 reference: any layout, dtype and number of threads."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+
+from keras_bn.core.affine import Affine, Learned
+from keras_bn.core.pooling import Pooling, group_total
+from keras_bn.kernels import reference
+from keras_bn.kernels.compiled import library
+from tests.kernels import hard
+
+if keras.backend.backend() != "torch":
+    pytest.skip("the passes serve PyTorch", allow_module_level=True)
+if library() is None:
+    pytest.skip("built without a compiler, or switched off", allow_module_level=True)
+
+import torch
+
+from keras_bn import kernels
+from keras_bn.kernels.normalization import Plan
+from keras_bn.kernels.torch import compiled, passes
+
+U = hard.unit_roundoff("float32")
+
+# Shape, pooled axes, and the axes along which gamma and beta vary.
+CASES = {
+    "rows": ((700, 96), (1,), (1,)),
+    "short rows": ((5000, 7), (1,), (1,)),
+    "one long row": ((1, 40_001), (1,), (1,)),
+    "columns": ((700, 96), (0,), (1,)),
+    "three columns": ((20_000, 3), (0,), (1,)),
+    "one column": ((40_000, 1), (0,), (1,)),
+    "many columns": ((9, 8192), (0,), (1,)),
+    "a prime number of columns": ((20, 4099), (0,), (1,)),
+    "images": ((6, 15, 17, 24), (0, 1, 2), (3,)),
+    "images, channels first": ((6, 24, 15, 17), (0, 2, 3), (1,)),
+    "channels in the middle": ((5, 9, 24, 31), (0, 1, 3), (2,)),
+    "two kept axes": ((6, 15, 4, 30), (0, 2), (1, 3)),
+    "instances": ((6, 15, 17, 24), (1, 2), (3,)),
+    "instances, channels first": ((6, 24, 15, 17), (2, 3), (1,)),
+    "few instances, channels first": ((2, 24, 65, 33), (2, 3), (1,)),
+    "rows that are not last": ((12, 90, 40), (1,), (1,)),
+    "rows of two axes": ((40, 15, 60), (1, 2), (1, 2)),
+    "rows apart": ((30, 15, 60), (0, 2), (0, 2)),
+    "sets of one element": ((300, 120, 1), (2,), (1, 2)),
+    "a single element": ((1, 1), (0,), (1,)),
+}
+every_case = pytest.mark.parametrize(("shape", "axes", "varied"), CASES.values(), ids=CASES)
+
+
+def drawn(shape, axes, varied, mean=3.0, dtype="float32"):
+    """Return x, dy, gamma and beta; x begins with an outlier in each set of its first row."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(mean, 1, shape)
+    x[tuple(0 if axis in axes else slice(None) for axis in range(len(shape)))] += 300
+    dy = rng.normal(0.2, 1, shape)
+    sizes = [size if axis in varied else 1 for axis, size in enumerate(shape)]
+    gamma, beta = rng.uniform(0.5, 2, (2, *sizes)).astype("float32")
+    x, dy = (part.astype("float32").astype(hard.numpy_dtype(dtype)) for part in (x, dy))
+    return x, dy, gamma, beta
+
+
+def tensor(array):
+    half = array.dtype == ml_dtypes.bfloat16
+    found = torch.from_numpy(array.astype("float32") if half else array)
+    return found.bfloat16() if half else found
+
+
+def by_passes(x, dy, learned, axes, dtype):
+    """Return y, the moments, and the gradients."""
+    plan = Plan(Pooling(axes), hard.EPSILON, dtype)
+    y, moments, kept = passes.normalize(x, learned, plan)
+    return y, moments, passes.gradients(x, dy, learned, kept, plan)
+
+
+def by_any_way(x, dy, learned, axes, dtype):
+    """Return the same, by the passes or, where they do not serve, in other ways."""
+    given = [part.requires_grad_() for part in (x.detach(), *learned)]
+    y, moments = kernels.normalize(
+        given[0], Pooling(axes), Learned(*given[1:]), hard.EPSILON, dtype
+    )
+    return y.detach(), moments, torch.autograd.grad(y, given, dy)
+
+
+def check(x, dy, gamma, beta, axes, *, how=by_passes, laid_out=lambda part: part, dtype="float32"):
+    """Compare `normalize` and `gradients` with the reference."""
+    learned = Learned(torch.from_numpy(gamma), torch.from_numpy(beta))
+    given = laid_out(tensor(x)), laid_out(tensor(dy))
+    y, moments, (dx, d_gamma, d_beta) = how(*given, learned, axes, dtype)
+    x, dy = (np.asarray(part, "float64") for part in (x, dy))
+    exact = reference.moments(x, axes)
+    z = reference.normalize(x, axes, epsilon=hard.EPSILON)
+    wanted = reference.gradients(x, dy, axes, gamma=gamma, epsilon=hard.EPSILON)
+    ulp = 0.51 * 2 * hard.unit_roundoff(dtype) if dtype != "float32" else 0.0
+    bound = hard.variance_bound(exact, U)
+    assert hard.share(moments.variance.numpy() - exact.variance, bound) <= 1
+    error, size = y.double().numpy() - (gamma * z + beta), np.abs(gamma * z) + np.abs(beta)
+    bound = gamma * hard.output_bound(z, exact, U) + 4 * U * np.abs(beta) + ulp * size
+    assert hard.share(error, bound) <= 1
+    s = np.sqrt(exact.variance + hard.EPSILON)
+    bound = hard.gradient_bound(z, s, gamma * dy, axes, dtype)
+    assert hard.share(dx.double().numpy() - wanted[0], bound) <= 1
+    shared = tuple(axis for axis, size in enumerate(gamma.shape) if size == 1)
+    sizes = (8 * U * np.abs(dy) * (1 + np.abs(z)), 8 * U * np.abs(dy))
+    for found, exactly, size in zip((d_gamma, d_beta), wanted[1:], sizes, strict=True):
+        error = found.numpy() - exactly.sum(shared, keepdims=True)
+        assert hard.share(error, size.sum(shared, keepdims=True)) <= 1
+
+
+@every_case
+@pytest.mark.parametrize("mean", [0.0, 1e4], ids=["near 0", "far"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_normalization_and_its_gradients_are_right(shape, axes, varied, mean, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(*drawn(shape, axes, varied, mean), axes)
+    finally:
+        torch.set_num_threads(before)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_rounded_once(shape, axes, varied, dtype):
+    check(*drawn(shape, axes, varied, 0.5, dtype), axes, dtype=dtype)
+
+
+LAYOUTS = {
+    "reversed": lambda part: (
+        part.permute(*range(part.ndim)[::-1]).contiguous().permute(*range(part.ndim)[::-1])
+    ),
+    "with gaps": lambda part: torch.stack((part, part), 0)[1],
+    "every second": lambda part: torch.stack((part, part), -2).flatten(-3, -2)[..., ::2, :],
+    "cut out": lambda part: torch.nn.functional.pad(part, (3, 2, 1, 1))[..., 1:-1, 3:-2],
+}
+
+
+@every_case
+@pytest.mark.parametrize("laid_out", LAYOUTS.values(), ids=LAYOUTS)
+def test_memory_may_lie_in_any_order(shape, axes, varied, laid_out):
+    check(*drawn(shape, axes, varied), axes, how=by_any_way, laid_out=laid_out)
+
+
+def test_the_gradient_may_lie_otherwise_than_the_input():
+    shape, axes, varied = CASES["images"]
+    x, dy, gamma, beta = drawn(shape, axes, varied)
+    plan, learned = Plan(Pooling(axes), 1e-3, "float32"), Learned(*map(tensor, (gamma, beta)))
+    _, _, kept = passes.normalize(tensor(x), learned, plan)
+    alike = passes.gradients(tensor(x), tensor(dy), learned, kept, plan)
+    turned = LAYOUTS["reversed"](tensor(dy))
+    for found, wanted in zip(
+        passes.gradients(tensor(x), turned, learned, kept, plan), alike, strict=True
+    ):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("shape", [(6, 130, 24), (2, 3000, 24)], ids=["many", "few"])
+@pytest.mark.parametrize("axis", [1, 2], ids=["first", "last"])
+def test_groups_are_merged_as_the_core_merges_them(shape, axis):
+    rng = np.random.default_rng(0)
+    x = rng.normal(rng.normal(0, 30, 24), 1, shape).astype("float32")
+    x = x if axis == 2 else np.moveaxis(x, 2, 1).copy()
+    pooling = Pooling((3 - axis,), None, group_total(axis, 24, 4), 6, are_neighbours=True)
+    y, *_ = passes.normalize(tensor(x), Learned(None, None), Plan(pooling, 1e-3, "float32"))
+    groups = np.moveaxis(x, axis, 1).reshape(len(x), 4, -1)
+    exact = reference.moments(groups, (2,))
+    z = reference.normalize(groups, (2,), epsilon=1e-3)
+    found = np.moveaxis(y.numpy(), axis, 1).reshape(groups.shape)
+    assert hard.share(found - z, hard.output_bound(z, exact, U)) <= 1
+
+
+WEIGHTS = {"rows": (700, 1), "columns": (1, 96), "elements": (700, 96)}
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)], ids=str)
+@pytest.mark.parametrize("sizes", WEIGHTS.values(), ids=WEIGHTS)
+def test_weights_count_and_what_lies_under_a_0_does_not(axes, sizes):
+    rng = np.random.default_rng(0)
+    weights = rng.integers(0, 3, sizes).astype("float32") / 2
+    x = rng.normal(50, 1, (700, 96)).astype("float32")
+    exact = reference.moments(x, axes, weights)
+    x[np.broadcast_to(weights == 0, x.shape)] = np.nan
+    count = torch.from_numpy(np.asarray(exact.count, "float32"))
+    pivot, offset, m2 = compiled.moments(tensor(x), tensor(weights), count, axes)
+    assert hard.share(m2.numpy() / np.maximum(exact.count, 1) - exact.variance, 8 * U) <= 1
+    bound = U * np.abs(exact.mean) + 8 * U
+    assert hard.share(pivot.numpy() + offset.numpy() - exact.mean, bound) <= 1
+
+
+def test_what_is_small_may_be_broadcast():
+    x, dy = (torch.randn(50, 60, 8, generator=torch.manual_seed(i)) for i in range(2))
+    center, scale = torch.randn(1, 1, 8), torch.randn(50, 1, 8)
+    y = compiled.mapped(x, Affine(center, scale, None), torch.float32)
+    assert torch.allclose(y, (x - center) * scale, atol=1e-6)
+    dx = compiled.combined(x, dy, center, (scale, center, None), torch.rand(50, 60, 1), None)
+    assert dx.shape == x.shape
+
+
+UNSERVED = {
+    "float64": lambda x: x.double(),
+    "empty": lambda x: x[:0],
+    "meta": lambda x: x.to("meta"),
+    "repeated": lambda x: x[:, :1].expand(-1, 8),
+    "every third": lambda x: x.repeat(1, 3)[:, ::3],
+    "negated view": lambda x: torch._neg_view(x),
+}
+
+
+@pytest.mark.parametrize("given", UNSERVED.values(), ids=UNSERVED)
+def test_what_is_not_served_is_refused(given):
+    x = given(torch.randn(40, 8))
+    assert compiled.moments(x, None, 40, (0,)) is None
+
+
+# Whoever writes down what is done must not find a constant where the passes were at work.
+def test_what_is_traced_depends_on_its_input():
+    def normalized(x):
+        return kernels.normalize(x, Pooling((1,)), Learned(None, None), 1e-3, "float32")[0]
+
+    x, other = torch.randn(2, 40, 8)
+    traced = torch.fx.experimental.proxy_tensor.make_fx(normalized)(x)
+    assert torch.allclose(traced(other), normalized(other), atol=1e-6)
+
+
+def test_a_built_package_has_the_passes_wherever_there_is_a_compiler():
+    folder = Path(compiled.__file__).parents[1] / "compiled"
+    assert bool(list(folder.glob("passes.*.so"))) >= bool(shutil.which("cc"))
+
+
+# The plain paths of the other machines, held to the same contract.
+PLAIN = "tests/kernels/test_contract.py tests/layers/test_columns.py tests/layers/test_rows.py"
+
+
+def test_layers_are_as_right_without_the_passes():
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-k", "not compile and not generic"]
+    command = [sys.executable, "-m", "pytest", *options, *PLAIN.split()]
+    environment = os.environ | {"KERAS_BN_KERNELS": "uncompiled"}
+    folder = Path(__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
