@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from keras import ops
 
+from keras_bn.core import native
 from keras_bn.core.moments import Moments
 from keras_bn.types import Shape, Tensor
 
@@ -82,7 +83,7 @@ def split_groups(array: Tensor, axis: int, groups: int) -> Tensor:
     """Split the channel axis into groups and the channels of a group; an axis of size 1 stays."""
     shape = ops.shape(array)
     sizes = (1, 1) if array.shape[axis] == 1 else (groups, shape[axis] // groups)
-    return ops.reshape(array, (*shape[:axis], *sizes, *shape[axis + 1 :]))
+    return native.reshape(array, (*shape[:axis], *sizes, *shape[axis + 1 :]))
 
 
 def join_groups(array: Tensor, axis: int, channels: int) -> Tensor:

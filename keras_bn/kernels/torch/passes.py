@@ -26,6 +26,8 @@ Axes = tuple[int, ...]
 _PIECE = 1 << 19
 # Up to so many terms, a sum is not cut; nor is what has one value for so many elements.
 _FEW = 64
+# Elements for which Python takes longer than the operations.
+_SMALL = 1 << 14
 
 
 def number(x: Tensor, axes: Axes) -> int:
@@ -178,7 +180,7 @@ def _unless_zero(center: Tensor | None, x: Tensor) -> Tensor | None:
     """Return None for 0, where to see that costs less than to subtract it."""
     if center is None or torch.compiler.is_compiling() or center.device.type != "cpu":
         return center
-    is_worth_it = x.numel() > max(1 << 14, _FEW * center.numel())
+    is_worth_it = x.numel() > max(_SMALL, _FEW * center.numel())
     return None if is_worth_it and not center.any() else center
 
 
