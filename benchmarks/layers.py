@@ -15,6 +15,7 @@ GN: GroupNormalization(32), IN: InstanceNormalization beside GroupNormalization(
 the last axis; `ghost` is BatchNormalization in ghosts of 8 and `masked` with one sample of four
 masked out, both beside ours without. `make bench` has
 the C library keep freed memory: otherwise page faults are most of what is measured.
+`KERAS_BN_KERNELS=uncompiled` leaves out our passes in C, `KERAS_BN_KERNELS=generic` all fast paths.
 """
 
 import argparse
@@ -33,7 +34,9 @@ import numpy as np
 from measuring import geometric_mean, heading, in_turn, ratio, streaming_bandwidth, table
 
 import keras_bn
+from keras_bn.kernels.compiled import library
 
+BACKEND = keras.backend.backend()
 # The shape, and the axis of the channels.
 SHAPES = {
     "conv": ((32, 56, 56, 64), -1),
@@ -120,7 +123,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     options = parser.parse_args()
     kept = "kept" if "MALLOC_TRIM_THRESHOLD_" in os.environ else "given back to the system"
-    print(f"{heading()}; freed memory is {kept}", flush=True)
+    passes = "with" if library() is not None and BACKEND == "torch" else "without"
+    print(f"{heading()}; {passes} passes in C; freed memory is {kept}", flush=True)
     found = []
     for case in cases():
         if all(word in case.name.split() for word in options.only.split()):
@@ -162,7 +166,7 @@ def makes_sense(case: Case) -> bool:
             and case.layer in ("BN", "LN")
             and case.dtype == "float32"
         )
-    if keras.backend.backend() != "torch" and case.mode == "eager":
+    if BACKEND != "torch" and case.mode == "eager":
         return False
     return case.mode != "compile" or (case.dtype == "float32" and "first" not in case.shape)
 
@@ -190,7 +194,7 @@ def measured(case: Case, seconds: float) -> dict[str, Any]:
     times = in_turn(steps, seconds)
     nbytes = int(np.prod(shape)) * (4 if case.dtype == "float32" else 2)
     least = PASSES[case.layer][not case.training] * nbytes / streaming_bandwidth(nbytes, engine)
-    row = case._asdict() | {"backend": keras.backend.backend()}
+    row = case._asdict() | {"backend": BACKEND}
     row |= {f"{name} ms": 1e3 * float(np.median(rounds)) for name, rounds in times.items()}
     row["limit"] = float(np.median(times["ours"])) / least
     for rival in sorted(set(times) - {"ours"}):

@@ -1,6 +1,7 @@
 """The kernels of the active backend; of the hand-written files, only that one is imported.
 
-`KERAS_BN_KERNELS=generic` switches these off: every layer then goes through `generic`.
+`KERAS_BN_KERNELS=generic` switches these off: every layer then goes through `generic`;
+`KERAS_BN_KERNELS=uncompiled` leaves out what is written in C, see `compiled`.
 """
 
 import importlib

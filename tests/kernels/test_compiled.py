@@ -24,6 +24,7 @@ if library() is None:
 
 import torch
 
+import keras_bn
 from keras_bn import kernels
 from keras_bn.kernels.normalization import Plan
 from keras_bn.kernels.torch import compiled, passes
@@ -160,6 +161,22 @@ def test_the_gradient_may_lie_otherwise_than_the_input():
         passes.gradients(tensor(x), turned, learned, kept, plan), alike, strict=True
     ):
         assert torch.equal(found, wanted)
+
+
+# A sum hands back one number that stands for all: memory without elements to read one by one.
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("kind", [keras_bn.BatchNormalization, keras_bn.BatchRenormalization])
+def test_the_gradient_may_be_one_number(kind, masked):
+    layer, x = kind(), torch.randn(40, 33, 8).requires_grad_()
+    layer.build(x.shape)
+    mask = torch.rand(40, 33) < 0.7 if masked else None
+    weights = [weight.value for weight in layer.trainable_variables]
+    results = []
+    for dy in (torch.tensor(3.0).expand(x.shape), torch.full(x.shape, 3.0)):
+        y = layer(x, training=True, mask=mask)
+        results.append(torch.autograd.grad(y, [x, *weights], dy))
+    for found, wanted in zip(*results, strict=True):
+        assert torch.allclose(found, wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(6, 130, 24), (2, 3000, 24)], ids=["many", "few"])

@@ -75,8 +75,8 @@ static void in_parts(void (*body)(Job *, int), Job *job) {
     for (int part = 0; part < job->parts; part++) body(job, part);
 }
 
-/* Elements that stay in a core's cache beside as many others; bytes that stay in none until they are
-   read again; elements that are not worth waking a thread for. */
+/* Elements that stay in a core's cache beside as many others; bytes that stay in none until they
+   are read again; elements that are not worth waking a thread for. */
 enum { CHUNK = 1 << 14, LARGE = 1 << 23, SMALL = 1 << 15 };
 
 /* Say whether each turn of the outermost loop has sets of its own, side by side among all. */
@@ -98,11 +98,12 @@ static int allocate(Sums *sums, int64_t number, int copies) {
 static int prepare(Job *job, int rank, const int64_t *dims, int64_t cells, int64_t columns,
                    int threads) {
     Nest *nest = &job->nest;
-    if (!plan(nest, rank, dims, threads, job->sum != 0)) return 0;
+    if (!plan(nest, rank, dims, job->big, threads, job->sum != 0)) return 0;
     int64_t turn = 1;
     for (int i = 1; i < nest->rank; i++) turn *= nest->size[i];
-    int64_t elements = turn * nest->size[0], limit = nest->size[0] < threads ? nest->size[0] : threads;
-    job->parts = elements < SMALL ? 1 : (int)limit;
+    int64_t elements = turn * nest->size[0];
+    int most = nest->size[0] < threads ? (int)nest->size[0] : threads;
+    job->parts = elements < SMALL ? 1 : most;
     job->is_past_caches = elements * WIDTH[job->types[Y]] >= LARGE;
     job->many = turn < CHUNK ? CHUNK / turn : 1;
     job->all = cells;

@@ -122,7 +122,7 @@ INLINED double sum_of(const Total *total) {
         + (eight[1] + eight[5] + (eight[3] + eight[7]));
 }
 
-/* Go through a line of n elements: `lanes(j, a, b)` adds those from j on, `one(j, a, b)` adds one. */
+/* Go through a line of n elements: `lanes(j, a, b)` adds those from j on, `one(j, c, d)` one. */
 #define ALONG_LINE(n, first, second, lanes, one)                                          \
     do {                                                                                  \
         Total firsts = {{0}, {0}}, seconds = {{0}, {0}};                                  \
@@ -148,8 +148,8 @@ INLINED double sum_of(const Total *total) {
 #define SOME(values, how, j) ((how) == MANY ? loaded((values) + (j)) : repeated(*(values)))
 #define OF(values, how) ((values)[(how) == MANY ? j : 0])
 
-/* Of the moments every term is exact: the sum of squares is much larger than what is left of it where
-   the pivot is far off. */
+/* Of the moments every term is exact: where the pivot is far off, the sum of squares is much larger
+   than what is left of it. */
 INLINED void moments_line(const float *restrict x, int64_t n, int weight, const float *restrict w,
                           const float *restrict pivot, double *first, double *second) {
     Total firsts = {{0}, {0}}, seconds = {{0}, {0}};

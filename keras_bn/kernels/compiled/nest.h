@@ -102,25 +102,25 @@ static int read_loops(Nest *nest, int rank, const int64_t *dims) {
     return 1;
 }
 
-/* Say whether all operands are dense along the lines, as far as they go along them. */
-static int has_lines(const Nest *nest) {
+/* Say whether all operands are dense along the lines: those of the tensor's size, where there are
+   any, and the small ones as far as they go along them. */
+static int has_lines(const Nest *nest, char *const *big) {
     int last = nest->rank - 1;
     for (int o = 0; o < OPERANDS; o++) {
         int64_t stride = nest->stride[o][last];
-        int is_absent = 1;
-        for (int i = 0; i < nest->rank; i++) is_absent &= !nest->stride[o][i];
-        if (o <= Y && !is_absent ? stride != 1 : stride != 0 && stride != 1) return 0;
+        if (o <= Y ? big[o] && stride != 1 : stride != 0 && stride != 1) return 0;
     }
-    return nest->stride[X][last] == 1;
+    return 1;
 }
 
 /* Make the nest; 0 where an operand has gaps along what would be the lines. The loop in front is
    the one that threads share. */
-static int plan(Nest *nest, int rank, const int64_t *dims, int threads, int is_sum) {
+static int plan(Nest *nest, int rank, const int64_t *dims, char *const *big, int threads,
+                int is_sum) {
     if (!read_loops(nest, rank, dims)) return 0;
     if (nest->rank) {
         join_loops(nest);
-        if (!has_lines(nest)) return 0;
+        if (!has_lines(nest, big)) return 0;
         if (is_sum) cut_line(nest);
     }
     while (nest->rank < 2) new_outermost(nest);

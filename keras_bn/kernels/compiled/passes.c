@@ -1,8 +1,8 @@
 /* The passes over a big tensor on the CPU: sums and maps, each reading memory once.
 
-   Sums are in double precision: of n terms they err by n·2^-53 at most, which leaves the float32
-   that they are rounded to as right as it can be. Deviations are from the first element of each
-   sum, and again from the mean where that element lies so far off that digits would be lost.
+   Sums are in double precision (of gradients, after four terms), so that they do not lose digits
+   however many terms there are. Deviations are from the first element of each sum, and again from
+   the mean where that element lies so far off that digits would be lost.
 
    Nothing but the C library is needed. Threads are those of an OpenMP runtime that the process has
    already (`keras_bn_threads`), so that its pool is shared. */
@@ -49,8 +49,8 @@ int keras_bn_products(int rank, const int64_t *dims, char *x, int type, char *dy
     return 1;
 }
 
-/* With z = (x - center)·scale + shift: Σ gamma·dy and Σ gamma·dy·z of each cell into out, Σ dy and
-   Σ dy·z of each column into others. */
+/* With z = (x - center)·scale + shift: Σ gamma·dy and Σ gamma·dy·z of each cell into out, Σ dy
+   and Σ dy·z of each column into others. */
 int keras_bn_mapped_products(int rank, const int64_t *dims, char *x, int type, char *dy,
                              int dy_type, float *center, float *scale, float *shift,
                              const float *gamma, int64_t cells, int64_t columns, float *out,
@@ -107,8 +107,8 @@ int keras_bn_normalize(int rank, const int64_t *dims, char *x, int type, char *y
     return 1;
 }
 
-/* The gradients of that: dx, and those of beta and gamma into d_learned, of `columns` elements each.
-   Work has room for three numbers a cell. */
+/* The gradients of that: dx, and those of beta and gamma into d_learned, of `columns` elements
+   each. Work has room for three numbers a cell. */
 int keras_bn_gradients(int rank, const int64_t *dims, char *x, int type, char *dy, int dy_type,
                        char *dx, int dx_type, const float *gamma, int varies, double count,
                        int64_t together, int is_centered, int64_t cells, int64_t columns,

@@ -14,7 +14,8 @@
 #endif
 #endif
 
-/* Return lines in float32, from memory or from a room for them, and the step from one to the next. */
+/* Return lines in float32, from memory or from a room for them, and the step from one to the
+   next. */
 INLINED const float *lines_of(const Job *job, int operand, int64_t at, int rows, int64_t n,
                               float *room, int64_t *step) {
     int type = job->types[operand];
@@ -92,8 +93,9 @@ INLINED void pass_of(Job *job, int64_t from, int64_t to, int part, Pass pass, in
     int loop = nest->rank - 2;
     int64_t length = nest->size[loop + 1], at[OPERANDS];
     /* Rows that have their sums in common. */
-    int is_blocked = !weight && (pass == MAPPED_PRODUCTS
-        ? !nest->stride[COLUMN][loop] : pass <= PRODUCTS && cell == MANY && !nest->stride[CELL][loop]);
+    int is_block_of_cells = pass <= PRODUCTS && cell == MANY && !nest->stride[CELL][loop];
+    int is_blocked = pass == MAPPED_PRODUCTS ? !nest->stride[COLUMN][loop]
+        : is_block_of_cells && !weight;
     int is_along[] = {1, 1, 1, weight == MANY, cell == MANY, column == MANY};
     for (Walk walk = walk_of(nest, from, to); walk.left > 0; next_turn(&walk)) {
         memcpy(at, walk.at, sizeof at);

@@ -19,9 +19,10 @@ static void clear(Job *job, int64_t from, int64_t to) {
 /* Add what the other parts have to the sums of some cells. */
 static void join_parts(Job *job, const Sums *sums, int64_t from, int64_t to) {
     for (int part = 1; sums->copy && part < job->parts; part++)
-        for (int half = 0; half < 2; half++)
-            for (int64_t i = from; i < to; i++)
-                sums->sums[half * sums->number + i] += sums->sums[part * sums->copy + half * sums->number + i];
+        for (int half = 0; half < 2; half++) {
+            double *own = sums->sums + half * sums->number, *others = own + part * sums->copy;
+            for (int64_t i = from; i < to; i++) own[i] += others[i];
+        }
 }
 
 /* Take the first element of each sum as its pivot. */
@@ -81,10 +82,10 @@ static void merge(Job *job, int64_t from, int64_t to) {
     }
 }
 
-/* Say whether gamma and beta belong to cells, and how many cells there are until their columns begin
-   again. */
+/* Say whether gamma and beta belong to cells. */
 static int is_composed(const Job *job) { return job->gamma && !job->varies; }
 
+/* Return how many cells there are until their columns begin again. */
 static int64_t cells_to_wrap(const Job *job, int64_t i, int64_t to) {
     int64_t ahead = job->columns.number - i % job->columns.number;
     return ahead < to - i ? ahead : to - i;
@@ -115,14 +116,16 @@ FOR_EACH_CPU static void finish_map(Job *job, int64_t from, int64_t to, int part
 static void finish_sums(Job *job, int64_t from, int64_t to, int part) {
     (void)part;
     const double *first = job->cells.sums - job->cells.first, *second = first + job->cells.number;
-    for (int64_t i = from; i < to; i++) job->level[i] = (float)first[i], job->slope[i] = (float)second[i];
+    for (int64_t i = from; i < to; i++)
+        job->level[i] = (float)first[i], job->slope[i] = (float)second[i];
 }
 
 /* Turn Σ dy and Σ dy·(x - center) into Σ dy·z, and both into Σ g·dy and Σ g·dy·z. */
 static void weigh(Job *job, int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++) {
         job->factor[i] = job->scale[i];
-        if (!job->varies) job->slope[i] = job->slope[i] * job->scale[i] + job->level[i] * job->shift[i];
+        if (!job->varies)
+            job->slope[i] = job->slope[i] * job->scale[i] + job->level[i] * job->shift[i];
     }
     for (int64_t i = from, n; is_composed(job) && i < to; i += n) {
         const float *gamma = job->gamma + i % job->columns.number;
@@ -144,8 +147,8 @@ static void share(Job *job, int64_t from, int64_t to) {
     }
 }
 
-/* Over a set of n, dx = scale·(g·dy - Σ g·dy / n - z·Σ g·dy·z / n): with z = (x - center)·scale + shift
-   that is scale·g·dy + (x - center)·slope + level. */
+/* Over a set of n, dx = scale·(g·dy - Σ g·dy / n - z·Σ g·dy·z / n): with
+   z = (x - center)·scale + shift that is scale·g·dy + (x - center)·slope + level. */
 FOR_EACH_CPU static void finish_gradients(Job *job, int64_t from, int64_t to, int part) {
     finish_sums(job, from, to, part);
     weigh(job, from, to);
@@ -171,8 +174,9 @@ static void add_to_columns(Job *job, int64_t from, int64_t to, int64_t lowest, i
         int64_t low = lowest > column ? lowest - column : 0;
         int64_t high = highest - column < n ? highest - column : n;
         for (int64_t j = low; j < high; j++) {
-            firsts[column + j] += first[i + j];
-            seconds[column + j] += second[i + j] * job->scale[i + j] + first[i + j] * job->shift[i + j];
+            double a = first[i + j], b = second[i + j];
+            firsts[column + j] += a;
+            seconds[column + j] += b * job->scale[i + j] + a * job->shift[i + j];
         }
     }
 }
@@ -182,8 +186,8 @@ static void write_columns(Job *job, float *out) {
     for (int64_t i = 0; i < 2 * job->columns.number; i++) out[i] = (float)job->columns.sums[i];
 }
 
-/* ---- The stages in turn: either all of them for what stays in the cache, and then for the next, or
-   each for the whole tensor. */
+/* ---- The stages in turn: either all of them for what stays in the cache, and then for the next,
+   or each for the whole tensor. */
 
 static void sum_and_finish(Job *job, int64_t from, int64_t to, int part) {
     int64_t stride = job->nest.stride[CELL][0], first = from * stride, last = to * stride;
@@ -220,15 +224,17 @@ static void sums_of_part(Job *job, int part) {
 }
 
 static void finish_of_part(Job *job, int part) {
-    int64_t together = job->together, sets = job->all / together;
-    int64_t from = sets * part / job->parts * together, to = sets * (part + 1) / job->parts * together;
+    int64_t sets = job->all / job->together;
+    int64_t from = sets * part / job->parts * job->together;
+    int64_t to = sets * (part + 1) / job->parts * job->together;
     join_parts(job, &job->cells, from, to);
     job->finish(job, from, to, part);
 }
 
 static void columns_of_part(Job *job, int part) {
     int64_t number = job->columns.number;
-    add_to_columns(job, 0, job->all, number * part / job->parts, number * (part + 1) / job->parts, 0);
+    int64_t from = number * part / job->parts, to = number * (part + 1) / job->parts;
+    add_to_columns(job, 0, job->all, from, to, 0);
 }
 
 static void map_of_part(Job *job, int part) {
