@@ -121,9 +121,14 @@ class Kernel:
 
         def backward(inputs: Any, seen: Any, grads: Any) -> Any:
             (x, *given), (dy,) = inputs, grads
+            given = learned.filled(given)
             if not isinstance(seen, Seen):
-                return passes.gradients(x, dy, learned.filled(given), seen, plan)
-            return _gradients(passes, x, dy, learned.filled(given), seen, plan)
+                found = passes.gradients(x, dy, given, seen, plan)
+                if found is not None:
+                    return found
+                count = passes.number(x, axes) * (plan.pooling.together or 1)
+                seen = Seen(count, Affine(*(seen[part] for part in range(3))), None)
+            return _gradients(passes, x, dy, given, seen, plan)
 
         def plain(inputs: Any, seen: Any) -> Any:
             is_fixed = seen is not None and plan.correct is not None

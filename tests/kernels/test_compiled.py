@@ -212,6 +212,18 @@ def test_weights_count_and_what_lies_under_a_0_does_not(axes, sizes):
     assert hard.share(pivot.numpy() + offset.numpy() - exact.mean, bound) <= 1
 
 
+@pytest.mark.parametrize("axes", [(0,), (1,)], ids=str)
+def test_a_first_element_that_hardly_counts_may_lie_anywhere(axes):
+    x, weights = np.random.default_rng(0).normal(0, 1, (900, 900)), np.ones((900, 900))
+    first = (0, slice(None)) if axes == (0,) else (slice(None), 0)
+    x[first], weights[first] = 1e6, 1e-20
+    x, weights = x.astype("float32"), weights.astype("float32")
+    exact = reference.moments(x, axes, weights)
+    count = torch.from_numpy(np.asarray(exact.count, "float32"))
+    _, _, m2 = compiled.moments(tensor(x), tensor(weights), count, axes)
+    assert hard.share(m2.numpy() / exact.count - exact.variance, 8 * U * exact.variance) <= 1
+
+
 def test_what_is_small_may_be_broadcast():
     x, dy = (torch.randn(50, 60, 8, generator=torch.manual_seed(i)) for i in range(2))
     center, scale = torch.randn(1, 1, 8), torch.randn(50, 1, 8)

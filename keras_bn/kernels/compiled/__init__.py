@@ -59,13 +59,20 @@ _ARGUMENTS = {
 }
 
 
+def place(name: str) -> str | None:
+    """Return where a compiled library is; None where it was not built, or is not wanted."""
+    found = importlib.util.find_spec(f"{__name__}.{name}")
+    is_wanted = os.environ.get("KERAS_BN_KERNELS") != "uncompiled"
+    return found.origin if found is not None and is_wanted else None
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """Return the library, with the threads that the backend has; None where there is none."""
-    found = importlib.util.find_spec(f"{__name__}.passes")
-    if found is None or os.environ.get("KERAS_BN_KERNELS") == "uncompiled":
+    path = place("passes")
+    if path is None:
         return None
-    loaded = ctypes.CDLL(found.origin)
+    loaded = ctypes.CDLL(path)
     for name, types in _ARGUMENTS.items():
         getattr(loaded, f"keras_bn_{name}").argtypes = types
     process = ctypes.CDLL(None)

@@ -6,6 +6,7 @@
 #ifndef KERAS_BN_JOB_H
 #define KERAS_BN_JOB_H
 
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -49,6 +50,11 @@ typedef struct {
     Job *job;
 } Team;
 
+typedef struct {
+    Team *team;
+    int part;
+} Member;
+
 static void (*start)(void (*)(void *), void *, unsigned, unsigned);
 static int (*member_number)(void), (*team_size)(void);
 
@@ -66,18 +72,38 @@ static void as_member(void *given) {
         team->body(team->job, part);
 }
 
+static void *as_thread(void *given) {
+    Member *member = given;
+    member->team->body(member->team->job, member->part);
+    return NULL;
+}
+
+/* Without a runtime, threads are made for each call, which what is large enough bears. */
+static void in_threads(Team *team) {
+    enum { MOST = 64 };
+    pthread_t threads[MOST];
+    Member members[MOST];
+    int parts = team->job->parts, is_started[MOST] = {0};
+    for (int part = 1; part < parts && part < MOST; part++) {
+        members[part] = (Member){team, part};
+        is_started[part] = !pthread_create(&threads[part], NULL, as_thread, &members[part]);
+    }
+    for (int part = 0; part < parts; part++)
+        if (part >= MOST || !is_started[part]) team->body(team->job, part);
+    for (int part = 1; part < parts && part < MOST; part++)
+        if (is_started[part]) pthread_join(threads[part], NULL);
+}
+
 static void in_parts(void (*body)(Job *, int), Job *job) {
     Team team = {body, job};
-    if (job->parts > 1 && start) {
-        start(as_member, &team, (unsigned)job->parts, 0);
-        return;
-    }
-    for (int part = 0; part < job->parts; part++) body(job, part);
+    if (job->parts == 1) body(job, 0);
+    else if (start) start(as_member, &team, (unsigned)job->parts, 0);
+    else in_threads(&team);
 }
 
 /* Elements that stay in a core's cache beside as many others; bytes that stay in none until they
-   are read again; elements that are not worth waking a thread for. */
-enum { CHUNK = 1 << 14, LARGE = 1 << 23, SMALL = 1 << 15 };
+   are read again; elements that are not worth waking a thread for, or making one. */
+enum { CHUNK = 1 << 14, LARGE = 1 << 23, SMALL = 1 << 15, MODERATE = 1 << 18 };
 
 /* Say whether each turn of the outermost loop has sets of its own, side by side among all. */
 static int are_apart(const Job *job) {
@@ -103,7 +129,7 @@ static int prepare(Job *job, int rank, const int64_t *dims, int64_t cells, int64
     for (int i = 1; i < nest->rank; i++) turn *= nest->size[i];
     int64_t elements = turn * nest->size[0];
     int most = nest->size[0] < threads ? (int)nest->size[0] : threads;
-    job->parts = elements < SMALL ? 1 : most;
+    job->parts = elements < (start ? SMALL : MODERATE) ? 1 : most;
     job->is_past_caches = elements * WIDTH[job->types[Y]] >= LARGE;
     job->many = turn < CHUNK ? CHUNK / turn : 1;
     job->all = cells;

@@ -8,6 +8,8 @@ import tensorflow as tf
 from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.dtypes import statistics_dtype
 from keras_bn.kernels import generic
+from keras_bn.kernels.normalization import Plan
+from keras_bn.kernels.tensorflow import compiled
 from keras_bn.kernels.tensorflow.sums import (
     made_and_summed,
     squares_over,
@@ -27,6 +29,16 @@ def number(x: Tensor, axes: Axes) -> Tensor:
     if None not in sizes:
         return math.prod(sizes)
     return tf.reduce_prod(tf.cast(tf.gather(tf.shape(x), axes), _wide(x)))
+
+
+def normalize(x: Tensor, learned: Learned, plan: Plan) -> Any:
+    """Return y, the moments, and what `gradients` needs; None where that cannot be had at once."""
+    return compiled.normalize(x, learned, plan)
+
+
+def gradients(x: Tensor, dy: Tensor, learned: Learned, affine: Tensor, plan: Plan) -> Any:
+    """Return the gradients of x and of what is learned, from what `normalize` gave."""
+    return compiled.gradients(x, dy, learned, affine, plan)
 
 
 def total(x: Tensor, weights: Tensor | None, axes: Axes) -> Tensor:

@@ -15,6 +15,11 @@ def is_for_gradients() -> bool:
     return bool(record.could_possibly_record())
 
 
+def is_for_each_of_many() -> bool:
+    """Say whether `tf.vectorized_map`, or a Jacobian, will turn what is traced into one for many."""
+    return "loop_body" in tf.get_current_name_scope()
+
+
 def is_for_values_alone() -> bool:
     """Say whether no derivative can be asked for later: eager, without a tape."""
     return bool(tf.executing_eagerly()) and not is_for_gradients()

@@ -1,0 +1,257 @@
+/* The passes as operations of TensorFlow, through its C interface: KerasBnNormalize and
+   KerasBnGradients, for the CPU.
+
+   They are registered when `tf.load_op_library` loads this library. What is declared here is
+   tensorflow/c/ops.h, kernels.h and tf_tensor.h, of which only this much is needed; it is stable. */
+
+#include "passes.c"
+
+typedef struct TF_Status TF_Status;
+typedef struct TF_Tensor TF_Tensor;
+typedef struct TF_OpDefinitionBuilder TF_OpDefinitionBuilder;
+typedef struct TF_ShapeInferenceContext TF_ShapeInferenceContext;
+typedef struct TF_ShapeHandle TF_ShapeHandle;
+typedef struct TF_KernelBuilder TF_KernelBuilder;
+typedef struct TF_OpKernelConstruction TF_OpKernelConstruction;
+typedef struct TF_OpKernelContext TF_OpKernelContext;
+
+extern TF_Status *TF_NewStatus(void);
+extern void TF_DeleteStatus(TF_Status *);
+extern void TF_SetStatus(TF_Status *, int code, const char *message);
+extern int TF_GetCode(const TF_Status *);
+extern TF_OpDefinitionBuilder *TF_NewOpDefinitionBuilder(const char *name);
+extern void TF_OpDefinitionBuilderAddInput(TF_OpDefinitionBuilder *, const char *);
+extern void TF_OpDefinitionBuilderAddOutput(TF_OpDefinitionBuilder *, const char *);
+extern void TF_OpDefinitionBuilderAddAttr(TF_OpDefinitionBuilder *, const char *);
+extern void TF_OpDefinitionBuilderSetShapeInferenceFunction(
+    TF_OpDefinitionBuilder *, void (*)(TF_ShapeInferenceContext *, TF_Status *));
+extern void TF_RegisterOpDefinition(TF_OpDefinitionBuilder *, TF_Status *);
+extern TF_ShapeHandle *TF_NewShapeHandle(void);
+extern void TF_DeleteShapeHandle(TF_ShapeHandle *);
+extern void TF_ShapeInferenceContextGetInput(TF_ShapeInferenceContext *, int, TF_ShapeHandle *,
+                                             TF_Status *);
+extern void TF_ShapeInferenceContextSetOutput(TF_ShapeInferenceContext *, int, TF_ShapeHandle *,
+                                              TF_Status *);
+extern TF_KernelBuilder *TF_NewKernelBuilder(const char *name, const char *device,
+                                             void *(*create)(TF_OpKernelConstruction *),
+                                             void (*compute)(void *, TF_OpKernelContext *),
+                                             void (*destroy)(void *));
+extern void TF_RegisterKernelBuilder(const char *name, TF_KernelBuilder *, TF_Status *);
+extern void TF_OpKernelConstruction_GetAttrSize(TF_OpKernelConstruction *, const char *,
+                                                int32_t *length, int32_t *bytes, TF_Status *);
+extern void TF_OpKernelConstruction_GetAttrInt64List(TF_OpKernelConstruction *, const char *,
+                                                     int64_t *, int, TF_Status *);
+extern void TF_OpKernelConstruction_GetAttrInt64(TF_OpKernelConstruction *, const char *,
+                                                 int64_t *, TF_Status *);
+extern void TF_OpKernelConstruction_GetAttrFloat(TF_OpKernelConstruction *, const char *, float *,
+                                                 TF_Status *);
+extern void TF_OpKernelConstruction_GetAttrBool(TF_OpKernelConstruction *, const char *,
+                                                unsigned char *, TF_Status *);
+extern void TF_OpKernelConstruction_GetAttrType(TF_OpKernelConstruction *, const char *, int *,
+                                                TF_Status *);
+extern void TF_OpKernelConstruction_Failure(TF_OpKernelConstruction *, TF_Status *);
+extern void TF_OpKernelContext_Failure(TF_OpKernelContext *, TF_Status *);
+extern void TF_GetInput(TF_OpKernelContext *, int, TF_Tensor **, TF_Status *);
+extern TF_Tensor *TF_AllocateOutput(TF_OpKernelContext *, int, int dtype, const int64_t *dims,
+                                    int rank, size_t bytes, TF_Status *);
+extern void TF_DeleteTensor(TF_Tensor *);
+extern int TF_TensorType(const TF_Tensor *);
+extern int TF_NumDims(const TF_Tensor *);
+extern int64_t TF_Dim(const TF_Tensor *, int);
+extern void *TF_TensorData(const TF_Tensor *);
+
+/* TF_FLOAT, TF_BFLOAT16, TF_HALF; TF_INVALID_ARGUMENT and TF_INTERNAL. */
+static const int DTYPES[] = {1, 14, 19};
+enum { BAD_ARGUMENT = 3, INTERNAL = 13, MOST_INPUTS = 4 };
+
+typedef struct {
+    int64_t axes[RANK], together, threads;
+    int number, type;
+    float epsilon;
+    unsigned char is_centered, is_learned, varies;
+} Options;
+
+static int of_dtype(int dtype) {
+    for (int type = 0; type < 3; type++)
+        if (DTYPES[type] == dtype) return type;
+    return FLOAT;
+}
+
+static void *create(TF_OpKernelConstruction *construction) {
+    TF_Status *status = TF_NewStatus();
+    Options *options = calloc(1, sizeof *options);
+    int32_t bytes;
+    TF_OpKernelConstruction_GetAttrSize(construction, "axes", &options->number, &bytes, status);
+    if (options->number > RANK) TF_SetStatus(status, BAD_ARGUMENT, "too many axes");
+    if (!TF_GetCode(status))
+        TF_OpKernelConstruction_GetAttrInt64List(construction, "axes", options->axes,
+                                                 options->number, status);
+    TF_OpKernelConstruction_GetAttrInt64(construction, "together", &options->together, status);
+    TF_OpKernelConstruction_GetAttrInt64(construction, "threads", &options->threads, status);
+    TF_OpKernelConstruction_GetAttrFloat(construction, "epsilon", &options->epsilon, status);
+    TF_OpKernelConstruction_GetAttrBool(construction, "is_centered", &options->is_centered, status);
+    TF_OpKernelConstruction_GetAttrBool(construction, "is_learned", &options->is_learned, status);
+    TF_OpKernelConstruction_GetAttrBool(construction, "varies", &options->varies, status);
+    TF_OpKernelConstruction_GetAttrType(construction, "U", &options->type, status);
+    if (TF_GetCode(status)) TF_OpKernelConstruction_Failure(construction, status);
+    TF_DeleteStatus(status);
+    return options;
+}
+
+/* The shape of a tensor, and what the passes want to know of it. */
+typedef struct {
+    int rank;
+    int64_t size[RANK], sums[RANK + 1], columns[RANK + 1], elements, cells, number;
+    int64_t dims[(OPERANDS + 1) * RANK];
+} Shape;
+
+static void write_strides(int64_t *strides, const int64_t *size, int rank) {
+    int64_t step = 1;
+    for (int i = rank - 1; i >= 0; step *= size[i--]) strides[i] = size[i] == 1 ? 0 : step;
+}
+
+static Shape shape_of(const Options *options, const TF_Tensor *x, const TF_Tensor *gamma) {
+    Shape shape = {TF_NumDims(x), {0}, {0}, {0}, 1, 1, 1, {0}};
+    int rank = shape.rank;
+    for (int i = 0; i < rank; i++) {
+        shape.size[i] = shape.sums[i + 1] = TF_Dim(x, i);
+        shape.columns[i + 1] = options->is_learned ? TF_Dim(gamma, i) : 1;
+        shape.elements *= shape.size[i];
+    }
+    for (int i = 0; i < options->number; i++) shape.sums[options->axes[i] + 1] = 1;
+    for (int i = 1; i <= rank; i++)
+        shape.cells *= shape.sums[i], shape.number *= shape.columns[i];
+    memcpy(shape.dims, shape.size, rank * sizeof(int64_t));
+    for (int o = X; o <= Y; o++) {
+        int64_t step = 1;
+        for (int i = rank - 1; i >= 0; step *= shape.size[i--]) shape.dims[(o + 1) * rank + i] = step;
+    }
+    write_strides(shape.dims + (CELL + 1) * rank, shape.sums + 1, rank);
+    write_strides(shape.dims + (COLUMN + 1) * rank, shape.columns + 1, rank);
+    return shape;
+}
+
+/* Allocate so many parts of what there is for each cell or column. */
+static float *parts_of(TF_OpKernelContext *context, int output, int64_t parts, int64_t *dims,
+                       int rank, int64_t number, TF_Tensor **made, TF_Status *status) {
+    dims[0] = parts;
+    size_t bytes = (size_t)(parts * number) * sizeof(float);
+    *made = TF_AllocateOutput(context, output, DTYPES[FLOAT], dims, rank + 1, bytes, status);
+    if (TF_GetCode(status)) return NULL;
+    return memset(TF_TensorData(*made), 0, bytes);
+}
+
+typedef struct {
+    TF_OpKernelContext *context;
+    TF_Status *status;
+    TF_Tensor *inputs[MOST_INPUTS], *outputs[3];
+} Call;
+
+static Call call_of(TF_OpKernelContext *context, int number) {
+    Call call = {context, TF_NewStatus(), {NULL}, {NULL}};
+    for (int i = 0; i < number && !TF_GetCode(call.status); i++)
+        TF_GetInput(context, i, &call.inputs[i], call.status);
+    if (!TF_GetCode(call.status) && TF_NumDims(call.inputs[0]) > RANK)
+        TF_SetStatus(call.status, BAD_ARGUMENT, "too many axes");
+    return call;
+}
+
+static void finish(Call *call, int is_done) {
+    if (!is_done && !TF_GetCode(call->status))
+        TF_SetStatus(call->status, INTERNAL, "no memory for sums");
+    if (TF_GetCode(call->status)) TF_OpKernelContext_Failure(call->context, call->status);
+    for (int i = 0; i < MOST_INPUTS; i++)
+        if (call->inputs[i]) TF_DeleteTensor(call->inputs[i]);
+    for (int i = 0; i < 3; i++)
+        if (call->outputs[i]) TF_DeleteTensor(call->outputs[i]);
+    TF_DeleteStatus(call->status);
+}
+
+static void normalize(void *kernel, TF_OpKernelContext *context) {
+    const Options *options = kernel;
+    Call call = call_of(context, 3);
+    int is_done = 0;
+    if (!TF_GetCode(call.status)) {
+        TF_Tensor *x = call.inputs[0];
+        Shape shape = shape_of(options, x, call.inputs[1]);
+        int type = of_dtype(options->type);
+        call.outputs[0] = TF_AllocateOutput(context, 0, options->type, shape.size, shape.rank,
+                                            (size_t)(shape.elements * WIDTH[type]), call.status);
+        float *affine = parts_of(context, 1, 3, shape.sums, shape.rank, shape.cells,
+                                 &call.outputs[1], call.status);
+        float *rest = parts_of(context, 2, 4, shape.sums, shape.rank, shape.cells,
+                               &call.outputs[2], call.status);
+        is_done = !shape.elements;
+        if (!TF_GetCode(call.status) && !is_done)
+            is_done = keras_bn_normalize(
+                shape.rank, shape.dims, TF_TensorData(x), of_dtype(TF_TensorType(x)),
+                TF_TensorData(call.outputs[0]), type,
+                options->is_learned ? TF_TensorData(call.inputs[1]) : NULL,
+                options->is_learned ? TF_TensorData(call.inputs[2]) : NULL, options->varies,
+                (double)shape.elements / shape.cells, options->together, options->epsilon,
+                options->is_centered, shape.cells, shape.number, affine, rest,
+                (int)options->threads);
+    }
+    finish(&call, is_done);
+}
+
+static void gradients(void *kernel, TF_OpKernelContext *context) {
+    const Options *options = kernel;
+    Call call = call_of(context, 4);
+    int is_done = 0;
+    if (!TF_GetCode(call.status)) {
+        TF_Tensor *x = call.inputs[0], *dy = call.inputs[1];
+        Shape shape = shape_of(options, x, call.inputs[2]);
+        int type = of_dtype(TF_TensorType(x));
+        call.outputs[0] = TF_AllocateOutput(context, 0, DTYPES[type], shape.size, shape.rank,
+                                            (size_t)(shape.elements * WIDTH[type]), call.status);
+        float *learned = parts_of(context, 1, 2, shape.columns, shape.rank, shape.number,
+                                  &call.outputs[1], call.status);
+        float *work = malloc((size_t)(3 * shape.cells) * sizeof(float));
+        is_done = !shape.elements;
+        if (!TF_GetCode(call.status) && !is_done && work)
+            is_done = keras_bn_gradients(
+                shape.rank, shape.dims, TF_TensorData(x), type, TF_TensorData(dy),
+                of_dtype(TF_TensorType(dy)), TF_TensorData(call.outputs[0]), type,
+                options->is_learned ? TF_TensorData(call.inputs[2]) : NULL, options->varies,
+                (double)shape.elements / shape.cells, options->together, options->is_centered,
+                shape.cells, shape.number, TF_TensorData(call.inputs[3]), work, learned,
+                (int)options->threads);
+        free(work);
+    }
+    finish(&call, is_done);
+}
+
+/* The first output has the shape of the first input; the caller knows those of the others. */
+static void infer(TF_ShapeInferenceContext *context, TF_Status *status) {
+    TF_ShapeHandle *shape = TF_NewShapeHandle();
+    TF_ShapeInferenceContextGetInput(context, 0, shape, status);
+    if (!TF_GetCode(status)) TF_ShapeInferenceContextSetOutput(context, 0, shape, status);
+    TF_DeleteShapeHandle(shape);
+}
+
+static void declare(const char *name, const char *const *inputs, const char *const *outputs,
+                    void (*compute)(void *, TF_OpKernelContext *)) {
+    static const char *const options[] = {
+        "T: {float, bfloat16, half}", "U: {float, bfloat16, half}", "axes: list(int)",
+        "together: int", "epsilon: float", "is_centered: bool", "is_learned: bool",
+        "varies: bool", "threads: int", NULL};
+    TF_Status *status = TF_NewStatus();
+    TF_OpDefinitionBuilder *definition = TF_NewOpDefinitionBuilder(name);
+    for (int i = 0; inputs[i]; i++) TF_OpDefinitionBuilderAddInput(definition, inputs[i]);
+    for (int i = 0; outputs[i]; i++) TF_OpDefinitionBuilderAddOutput(definition, outputs[i]);
+    for (int i = 0; options[i]; i++) TF_OpDefinitionBuilderAddAttr(definition, options[i]);
+    TF_OpDefinitionBuilderSetShapeInferenceFunction(definition, infer);
+    TF_RegisterOpDefinition(definition, status);
+    TF_RegisterKernelBuilder(name, TF_NewKernelBuilder(name, "CPU", create, compute, free), status);
+    TF_DeleteStatus(status);
+}
+
+__attribute__((constructor)) static void declare_all(void) {
+    const char *const normalized[] = {"x: T", "gamma: float", "beta: float", NULL};
+    const char *const found[] = {"y: U", "affine: float", "rest: float", NULL};
+    declare("KerasBnNormalize", normalized, found, normalize);
+    const char *const differentiated[] = {"x: T", "dy: U", "gamma: float", "affine: float", NULL};
+    const char *const slopes[] = {"dx: T", "d_learned: float", NULL};
+    declare("KerasBnGradients", differentiated, slopes, gradients);
+}
