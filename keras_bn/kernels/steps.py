@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from keras import ops
 from keras.backend import standardize_dtype
 
-from keras_bn.core.affine import AS_IS, Affine, Learned
+from keras_bn.core.affine import AS_IS, Affine, Learned, uncentered
 from keras_bn.core.moments import Moments, is_static, positive, settled
 from keras_bn.kernels import generic
 from keras_bn.kernels.normalization import Plan, Seen, normalize, varies
@@ -121,14 +121,16 @@ class Kernel:
 
         def backward(inputs: Any, seen: Any, grads: Any) -> Any:
             (x, *given), (dy,) = inputs, grads
-            given = learned.filled(given)
+            parts = learned.filled(given)
             if not isinstance(seen, Seen):
-                found = passes.gradients(x, dy, given, seen, plan)
+                found: Tensors | None = passes.gradients(x, dy, parts, seen, plan)
                 if found is not None:
                     return found
+                affine = Affine(*(seen[part] for part in range(3)))
+                affine = affine if plan.pooling.is_centered else uncentered(affine)
                 count = passes.number(x, axes) * (plan.pooling.together or 1)
-                seen = Seen(count, Affine(*(seen[part] for part in range(3))), None)
-            return _gradients(passes, x, dy, given, seen, plan)
+                seen = Seen(count, affine, None)
+            return _gradients(passes, x, dy, parts, seen, plan)
 
         def plain(inputs: Any, seen: Any) -> Any:
             is_fixed = seen is not None and plan.correct is not None

@@ -52,9 +52,9 @@ def gradients(
     """Return the gradients of x and of what is learned, from the maps that `normalize` gave."""
     if is_for_each_of_many():
         return None
-    gamma, _ = parts = _filled(learned, affine.shape[1:], plan) or ()
+    parts: Any = _filled(learned, affine.shape[1:], plan)
     dx, found = _operations().keras_bn_gradients(
-        x, tf.cast(dy, plan.dtype), gamma, affine, **_options(learned, plan)
+        x, tf.cast(dy, plan.dtype), parts[0], affine, **_options(learned, plan)
     )
     dx.set_shape(x.shape)
     found.set_shape([2, *parts[0].shape])

@@ -16,7 +16,7 @@ def is_for_gradients() -> bool:
 
 
 def is_for_each_of_many() -> bool:
-    """Say whether `tf.vectorized_map`, or a Jacobian, will turn what is traced into one for many."""
+    """Say whether `tf.vectorized_map`, or a Jacobian, will make one for many of what is traced."""
     return "loop_body" in tf.get_current_name_scope()
 
 
