@@ -1,5 +1,4 @@
-/* The passes as operations of TensorFlow, through its C interface: KerasBnNormalize and
-   KerasBnGradients, for the CPU.
+/* The passes as operations of TensorFlow on the CPU, through its C interface.
 
    They are registered when `tf.load_op_library` loads this library. What is declared here is
    tensorflow/c/ops.h, kernels.h and tf_tensor.h, of which only this much is needed; it is stable. */
@@ -58,17 +57,18 @@ extern void TF_DeleteTensor(TF_Tensor *);
 extern int TF_TensorType(const TF_Tensor *);
 extern int TF_NumDims(const TF_Tensor *);
 extern int64_t TF_Dim(const TF_Tensor *, int);
+extern int64_t TF_TensorElementCount(const TF_Tensor *);
 extern void *TF_TensorData(const TF_Tensor *);
 
 /* TF_FLOAT, TF_BFLOAT16, TF_HALF; TF_INVALID_ARGUMENT and TF_INTERNAL. */
 static const int DTYPES[] = {1, 14, 19};
-enum { BAD_ARGUMENT = 3, INTERNAL = 13, MOST_INPUTS = 4 };
+enum { BAD_ARGUMENT = 3, INTERNAL = 13, MOST_INPUTS = 7 };
 
 typedef struct {
     int64_t axes[RANK], together, threads;
     int number, type;
     float epsilon;
-    unsigned char is_centered, is_learned, varies;
+    unsigned char is_centered, is_learned, is_weighted, varies;
 } Options;
 
 static int of_dtype(int dtype) {
@@ -91,6 +91,7 @@ static void *create(TF_OpKernelConstruction *construction) {
     TF_OpKernelConstruction_GetAttrFloat(construction, "epsilon", &options->epsilon, status);
     TF_OpKernelConstruction_GetAttrBool(construction, "is_centered", &options->is_centered, status);
     TF_OpKernelConstruction_GetAttrBool(construction, "is_learned", &options->is_learned, status);
+    TF_OpKernelConstruction_GetAttrBool(construction, "is_weighted", &options->is_weighted, status);
     TF_OpKernelConstruction_GetAttrBool(construction, "varies", &options->varies, status);
     TF_OpKernelConstruction_GetAttrType(construction, "U", &options->type, status);
     if (TF_GetCode(status)) TF_OpKernelConstruction_Failure(construction, status);
@@ -110,12 +111,17 @@ static void write_strides(int64_t *strides, const int64_t *size, int rank) {
     for (int i = rank - 1; i >= 0; step *= size[i--]) strides[i] = size[i] == 1 ? 0 : step;
 }
 
-static Shape shape_of(const Options *options, const TF_Tensor *x, const TF_Tensor *gamma) {
+/* What there is for each cell has the shape of `cells`; without it, axes are summed over. */
+static Shape shape_of(const Options *options, const TF_Tensor *x, const TF_Tensor *gamma,
+                      const TF_Tensor *weights, const TF_Tensor *cells) {
     Shape shape = {TF_NumDims(x), {0}, {0}, {0}, 1, 1, 1, {0}};
     int rank = shape.rank;
+    int64_t counted[RANK];
     for (int i = 0; i < rank; i++) {
-        shape.size[i] = shape.sums[i + 1] = TF_Dim(x, i);
+        shape.size[i] = TF_Dim(x, i);
+        shape.sums[i + 1] = TF_Dim(cells ? cells : x, i);
         shape.columns[i + 1] = options->is_learned ? TF_Dim(gamma, i) : 1;
+        counted[i] = options->is_weighted ? TF_Dim(weights, i) : 1;
         shape.elements *= shape.size[i];
     }
     for (int i = 0; i < options->number; i++) shape.sums[options->axes[i] + 1] = 1;
@@ -126,6 +132,7 @@ static Shape shape_of(const Options *options, const TF_Tensor *x, const TF_Tenso
         int64_t step = 1;
         for (int i = rank - 1; i >= 0; step *= shape.size[i--]) shape.dims[(o + 1) * rank + i] = step;
     }
+    write_strides(shape.dims + (WEIGHT + 1) * rank, counted, rank);
     write_strides(shape.dims + (CELL + 1) * rank, shape.sums + 1, rank);
     write_strides(shape.dims + (COLUMN + 1) * rank, shape.columns + 1, rank);
     return shape;
@@ -167,16 +174,26 @@ static void finish(Call *call, int is_done) {
     TF_DeleteStatus(call->status);
 }
 
+/* Allocate what has the shape of the input. */
+static char *like_input(Call *call, const Shape *shape, int type) {
+    call->outputs[0] = TF_AllocateOutput(call->context, 0, DTYPES[type], shape->size, shape->rank,
+                                         (size_t)(shape->elements * WIDTH[type]), call->status);
+    return TF_GetCode(call->status) ? NULL : TF_TensorData(call->outputs[0]);
+}
+
+static void *data_of(const Call *call, int input, int is_given) {
+    return is_given ? TF_TensorData(call->inputs[input]) : NULL;
+}
+
 static void normalize(void *kernel, TF_OpKernelContext *context) {
     const Options *options = kernel;
     Call call = call_of(context, 3);
     int is_done = 0;
     if (!TF_GetCode(call.status)) {
         TF_Tensor *x = call.inputs[0];
-        Shape shape = shape_of(options, x, call.inputs[1]);
+        Shape shape = shape_of(options, x, call.inputs[1], NULL, NULL);
         int type = of_dtype(options->type);
-        call.outputs[0] = TF_AllocateOutput(context, 0, options->type, shape.size, shape.rank,
-                                            (size_t)(shape.elements * WIDTH[type]), call.status);
+        char *y = like_input(&call, &shape, type);
         float *affine = parts_of(context, 1, 3, shape.sums, shape.rank, shape.cells,
                                  &call.outputs[1], call.status);
         float *rest = parts_of(context, 2, 4, shape.sums, shape.rank, shape.cells,
@@ -185,9 +202,8 @@ static void normalize(void *kernel, TF_OpKernelContext *context) {
         if (!TF_GetCode(call.status) && !is_done)
             is_done = keras_bn_normalize(
                 shape.rank, shape.dims, TF_TensorData(x), of_dtype(TF_TensorType(x)),
-                TF_TensorData(call.outputs[0]), type,
-                options->is_learned ? TF_TensorData(call.inputs[1]) : NULL,
-                options->is_learned ? TF_TensorData(call.inputs[2]) : NULL, options->varies,
+                y, type, data_of(&call, 1, options->is_learned),
+                data_of(&call, 2, options->is_learned), options->varies,
                 (double)shape.elements / shape.cells, options->together, options->epsilon,
                 options->is_centered, shape.cells, shape.number, affine, rest,
                 (int)options->threads);
@@ -201,10 +217,9 @@ static void gradients(void *kernel, TF_OpKernelContext *context) {
     int is_done = 0;
     if (!TF_GetCode(call.status)) {
         TF_Tensor *x = call.inputs[0], *dy = call.inputs[1];
-        Shape shape = shape_of(options, x, call.inputs[2]);
+        Shape shape = shape_of(options, x, call.inputs[2], NULL, NULL);
         int type = of_dtype(TF_TensorType(x));
-        call.outputs[0] = TF_AllocateOutput(context, 0, DTYPES[type], shape.size, shape.rank,
-                                            (size_t)(shape.elements * WIDTH[type]), call.status);
+        char *dx = like_input(&call, &shape, type);
         float *learned = parts_of(context, 1, 2, shape.columns, shape.rank, shape.number,
                                   &call.outputs[1], call.status);
         float *work = malloc((size_t)(3 * shape.cells) * sizeof(float));
@@ -212,14 +227,105 @@ static void gradients(void *kernel, TF_OpKernelContext *context) {
         if (!TF_GetCode(call.status) && !is_done && work)
             is_done = keras_bn_gradients(
                 shape.rank, shape.dims, TF_TensorData(x), type, TF_TensorData(dy),
-                of_dtype(TF_TensorType(dy)), TF_TensorData(call.outputs[0]), type,
-                options->is_learned ? TF_TensorData(call.inputs[2]) : NULL, options->varies,
+                of_dtype(TF_TensorType(dy)), dx, type,
+                data_of(&call, 2, options->is_learned), options->varies,
                 (double)shape.elements / shape.cells, options->together, options->is_centered,
                 shape.cells, shape.number, TF_TensorData(call.inputs[3]), work, learned,
                 (int)options->threads);
         free(work);
     }
     finish(&call, is_done);
+}
+
+/* Say whether some inputs have an element for each cell. */
+static int are_of_cells(Call *call, int first, int last, const Shape *shape) {
+    for (int i = first; i <= last; i++)
+        if (TF_TensorElementCount(call->inputs[i]) != shape->cells)
+            TF_SetStatus(call->status, BAD_ARGUMENT, "parts of a map must have one shape");
+    return !TF_GetCode(call->status);
+}
+
+static void moments(void *kernel, TF_OpKernelContext *context) {
+    const Options *options = kernel;
+    Call call = call_of(context, 3);
+    int is_done = 0;
+    if (!TF_GetCode(call.status)) {
+        TF_Tensor *x = call.inputs[0];
+        Shape shape = shape_of(options, x, NULL, call.inputs[1], NULL);
+        float *found = parts_of(context, 0, 3, shape.sums, shape.rank, shape.cells,
+                                &call.outputs[0], call.status);
+        is_done = !shape.elements;
+        if (found && !is_done)
+            is_done = keras_bn_moments(
+                shape.rank, shape.dims, TF_TensorData(x), of_dtype(TF_TensorType(x)),
+                data_of(&call, 1, options->is_weighted), data_of(&call, 2, options->is_weighted),
+                (double)shape.elements / shape.cells, options->is_centered, shape.cells, found,
+                (int)options->threads);
+    }
+    finish(&call, is_done);
+}
+
+static void products(void *kernel, TF_OpKernelContext *context) {
+    const Options *options = kernel;
+    Call call = call_of(context, 3);
+    int is_done = 0;
+    if (!TF_GetCode(call.status)) {
+        TF_Tensor *x = call.inputs[0], *dy = call.inputs[1];
+        Shape shape = shape_of(options, x, NULL, NULL, call.inputs[2]);
+        float *found = parts_of(context, 0, 2, shape.sums, shape.rank, shape.cells,
+                                &call.outputs[0], call.status);
+        is_done = !shape.elements;
+        if (found && !is_done)
+            is_done = keras_bn_products(shape.rank, shape.dims, TF_TensorData(x),
+                                        of_dtype(TF_TensorType(x)), TF_TensorData(dy),
+                                        of_dtype(TF_TensorType(dy)), data_of(&call, 2, 1),
+                                        shape.cells, found, (int)options->threads);
+    }
+    finish(&call, is_done);
+}
+
+static void map_by_cells(void *kernel, TF_OpKernelContext *context) {
+    const Options *options = kernel;
+    Call call = call_of(context, 4);
+    int is_done = 0;
+    if (!TF_GetCode(call.status)) {
+        TF_Tensor *x = call.inputs[0];
+        Shape shape = shape_of(options, x, NULL, NULL, call.inputs[1]);
+        int type = of_dtype(options->type);
+        char *y = like_input(&call, &shape, type);
+        is_done = !shape.elements;
+        if (y && !is_done && are_of_cells(&call, 1, 3, &shape))
+            is_done = keras_bn_map(shape.rank, shape.dims, TF_TensorData(x),
+                                   of_dtype(TF_TensorType(x)), y, type, data_of(&call, 1, 1),
+                                   data_of(&call, 2, 1), data_of(&call, 3, 1), NULL, NULL,
+                                   (int)options->threads);
+    }
+    finish(&call, is_done);
+}
+
+static void combined(void *kernel, TF_OpKernelContext *context) {
+    const Options *options = kernel;
+    Call call = call_of(context, 7);
+    int is_done = 0;
+    if (!TF_GetCode(call.status)) {
+        TF_Tensor *x = call.inputs[0], *dy = call.inputs[1];
+        Shape shape = shape_of(options, x, NULL, call.inputs[2], call.inputs[3]);
+        int type = of_dtype(TF_TensorType(x));
+        char *dx = like_input(&call, &shape, type);
+        is_done = !shape.elements;
+        if (dx && !is_done && are_of_cells(&call, 3, 6, &shape))
+            is_done = keras_bn_combined(
+                shape.rank, shape.dims, TF_TensorData(x), type, TF_TensorData(dy),
+                of_dtype(TF_TensorType(dy)), dx, type, data_of(&call, 2, options->is_weighted),
+                data_of(&call, 3, 1), data_of(&call, 4, 1), data_of(&call, 5, 1),
+                data_of(&call, 6, 1), NULL, (int)options->threads);
+    }
+    finish(&call, is_done);
+}
+
+/* Leave the shape of sums to the caller, who knows it. */
+static void infer_nothing(TF_ShapeInferenceContext *context, TF_Status *status) {
+    (void)context, (void)status;
 }
 
 /* The first output has the shape of the first input; the caller knows those of the others. */
@@ -231,17 +337,20 @@ static void infer(TF_ShapeInferenceContext *context, TF_Status *status) {
 }
 
 static void declare(const char *name, const char *const *inputs, const char *const *outputs,
-                    void (*compute)(void *, TF_OpKernelContext *)) {
+                    void (*compute)(void *, TF_OpKernelContext *),
+                    void (*shapes)(TF_ShapeInferenceContext *, TF_Status *)) {
     static const char *const options[] = {
-        "T: {float, bfloat16, half}", "U: {float, bfloat16, half}", "axes: list(int)",
-        "together: int", "epsilon: float", "is_centered: bool", "is_learned: bool",
-        "varies: bool", "threads: int", NULL};
+        "T: {float, bfloat16, half}", "U: {float, bfloat16, half} = DT_FLOAT",
+        "axes: list(int) = []",
+        "together: int = 1", "epsilon: float = 0.0", "is_centered: bool = true",
+        "is_learned: bool = false", "is_weighted: bool = false", "varies: bool = false",
+        "threads: int", NULL};
     TF_Status *status = TF_NewStatus();
     TF_OpDefinitionBuilder *definition = TF_NewOpDefinitionBuilder(name);
     for (int i = 0; inputs[i]; i++) TF_OpDefinitionBuilderAddInput(definition, inputs[i]);
     for (int i = 0; outputs[i]; i++) TF_OpDefinitionBuilderAddOutput(definition, outputs[i]);
     for (int i = 0; options[i]; i++) TF_OpDefinitionBuilderAddAttr(definition, options[i]);
-    TF_OpDefinitionBuilderSetShapeInferenceFunction(definition, infer);
+    TF_OpDefinitionBuilderSetShapeInferenceFunction(definition, shapes);
     TF_RegisterOpDefinition(definition, status);
     TF_RegisterKernelBuilder(name, TF_NewKernelBuilder(name, "CPU", create, compute, free), status);
     TF_DeleteStatus(status);
@@ -250,8 +359,20 @@ static void declare(const char *name, const char *const *inputs, const char *con
 __attribute__((constructor)) static void declare_all(void) {
     const char *const normalized[] = {"x: T", "gamma: float", "beta: float", NULL};
     const char *const found[] = {"y: U", "affine: float", "rest: float", NULL};
-    declare("KerasBnNormalize", normalized, found, normalize);
+    declare("KerasBnNormalize", normalized, found, normalize, infer);
     const char *const differentiated[] = {"x: T", "dy: U", "gamma: float", "affine: float", NULL};
     const char *const slopes[] = {"dx: T", "d_learned: float", NULL};
-    declare("KerasBnGradients", differentiated, slopes, gradients);
+    declare("KerasBnGradients", differentiated, slopes, gradients, infer);
+    const char *const counted[] = {"x: T", "weights: float", "counts: float", NULL};
+    const char *const sums[] = {"moments: float", NULL};
+    declare("KerasBnMoments", counted, sums, moments, infer_nothing);
+    const char *const multiplied[] = {"x: T", "dy: U", "center: float", NULL};
+    declare("KerasBnProducts", multiplied, sums, products, infer_nothing);
+    const char *const mapped[] = {"x: T", "center: float", "scale: float", "shift: float", NULL};
+    const char *const image[] = {"y: U", NULL};
+    declare("KerasBnMap", mapped, image, map_by_cells, infer);
+    const char *const lines[] = {"x: T", "dy: U", "weights: float", "center: float",
+                                 "slope: float", "level: float", "factor: float", NULL};
+    const char *const slope[] = {"dx: T", NULL};
+    declare("KerasBnCombined", lines, slope, combined, infer);
 }

@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_bn.core.affine import Learned
+from keras_bn.core.affine import Affine, Learned
 from keras_bn.core.moments import Moments
 from keras_bn.kernels.compiled import TYPES, place
 from keras_bn.kernels.normalization import Plan, varies
@@ -16,6 +16,8 @@ from keras_bn.kernels.tensorflow.tracing import (
     is_for_xla,
 )
 from keras_bn.types import Tensor
+
+Axes = tuple[int, ...]
 
 
 @cache
@@ -27,18 +29,24 @@ def _operations() -> Any:
     return tf.load_op_library(path) if path is not None and is_on_cpu else None
 
 
+def _serves(x: Tensor, *dtypes: str) -> bool:
+    """Say whether the operations take a tensor, and will be known where the graph runs."""
+    if is_for_xla() or is_for_each_of_many() or x.shape.rank is None:
+        return False
+    return {x.dtype.name, *dtypes} <= set(TYPES) and _operations() is not None
+
+
 def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments, Tensor] | None:
     """Return y, the moments, and the map of each cell, which the gradient needs."""
     # Only in training: a graph that is exported must not need these operations.
-    is_apart = is_for_xla() or is_for_each_of_many() or not is_for_gradients()
-    if is_apart or x.shape.rank is None or not {x.dtype.name, plan.dtype} <= set(TYPES):
+    if not is_for_gradients() or not _serves(x, plan.dtype):
         return None
-    sums = [1 if axis in plan.pooling.axes else size for axis, size in enumerate(x.shape)]
-    parts = None if _operations() is None else _filled(learned, sums, plan)
+    sums = _sums(x, plan.pooling.axes)
+    parts = _filled(learned, sums, plan)
     if parts is None:
         return None
     y, affine, rest = _operations().keras_bn_normalize(
-        x, *parts, U=plan.dtype, **_options(learned, plan)
+        x, *parts, U=plan.dtype, threads=_threads(), **_options(learned, plan)
     )
     affine.set_shape([3, *sums])
     rest.set_shape([4, *sums])
@@ -54,7 +62,12 @@ def gradients(
         return None
     parts: Any = _filled(learned, affine.shape[1:], plan)
     dx, found = _operations().keras_bn_gradients(
-        x, tf.cast(dy, plan.dtype), parts[0], affine, **_options(learned, plan)
+        x,
+        tf.cast(dy, plan.dtype),
+        parts[0],
+        affine,
+        threads=_threads(),
+        **_options(learned, plan),
     )
     dx.set_shape(x.shape)
     found.set_shape([2, *parts[0].shape])
@@ -63,7 +76,6 @@ def gradients(
 
 
 def _options(learned: Learned, plan: Plan) -> dict[str, Any]:
-    threads = tf.config.threading.get_intra_op_parallelism_threads()
     return {
         "axes": plan.pooling.axes,
         "together": plan.pooling.together or 1,
@@ -71,8 +83,77 @@ def _options(learned: Learned, plan: Plan) -> dict[str, Any]:
         "is_centered": plan.pooling.is_centered,
         "is_learned": not learned.is_nothing,
         "varies": varies(learned, plan.pooling.axes),
-        "threads": threads or len(os.sched_getaffinity(0)),
     }
+
+
+def moments(x: Tensor, weights: Tensor | None, count: Any, axes: Axes) -> list[Tensor] | None:
+    """Return pivot, offset and m2 over the axes."""
+    if not is_for_gradients() or not _serves(x):
+        return None
+    given = [tf.ones([1] * x.shape.rank)] * 2
+    if weights is not None:
+        shape = [1 if axis in axes else size for axis, size in enumerate(tf.unstack(tf.shape(x)))]
+        given = [weights, tf.broadcast_to(tf.cast(count, tf.float32), shape)]
+    if any(part.dtype != tf.float32 for part in given):
+        return None
+    found = _operations().keras_bn_moments(
+        x, *given, axes=axes, is_weighted=weights is not None, threads=_threads()
+    )
+    found.set_shape([3, *_sums(x, axes)])
+    return list(tf.unstack(found))
+
+
+def products(x: Tensor, dy: Tensor, center: Tensor, axes: Axes) -> list[Tensor] | None:
+    """Return Σ dy and Σ dy·(x - center)."""
+    sums = _sums(x, axes)
+    is_whole = center.dtype == tf.float32 and center.shape.as_list() == sums
+    if not is_whole or not _serves(x, dy.dtype.name):
+        return None
+    found = _operations().keras_bn_products(x, dy, center, axes=axes, threads=_threads())
+    found.set_shape([2, *sums])
+    return list(tf.unstack(found))
+
+
+def mapped(x: Tensor, affine: Affine, dtype: str) -> Tensor | None:
+    """Return (x - center)·scale + shift."""
+    parts = _alike(*affine)
+    if parts is None or not is_for_gradients() or not _serves(x, dtype):
+        return None
+    return _operations().keras_bn_map(x, *parts, U=dtype, threads=_threads())
+
+
+def combined(
+    x: Tensor, dy: Tensor, center: Tensor | None, terms: tuple[Any, ...], weights: Tensor | None
+) -> Tensor | None:
+    """Return dy·a + w·((x - center)·b + c), in the dtype of x, for the terms a, b, c."""
+    a, b, c = terms
+    parts = _alike(center, b, c, a)
+    if parts is None or not _serves(x, dy.dtype.name):
+        return None
+    weight = tf.ones([1] * x.shape.rank) if weights is None else weights
+    if weight.dtype != tf.float32:
+        return None
+    return _operations().keras_bn_combined(
+        x, dy, weight, *parts, is_weighted=weights is not None, threads=_threads()
+    )
+
+
+def _alike(*parts: Tensor | None) -> list[Tensor] | None:
+    """Return parts of one shape, 0 in place of what is missing; None where they have several."""
+    given = [part for part in parts if part is not None]
+    shape = given[0].shape
+    if any(part.dtype != tf.float32 or part.shape.as_list() != shape.as_list() for part in given):
+        return None
+    return [tf.zeros_like(given[0]) if part is None else part for part in parts]
+
+
+def _threads() -> int:
+    threads: int = tf.config.threading.get_intra_op_parallelism_threads()
+    return threads or len(os.sched_getaffinity(0))
+
+
+def _sums(x: Tensor, axes: Axes) -> list[int | None]:
+    return [1 if axis in axes else size for axis, size in enumerate(x.shape)]
 
 
 def _filled(learned: Learned, sums: Any, plan: Plan) -> list[Tensor] | None:
@@ -90,7 +171,7 @@ def _filled(learned: Learned, sums: Any, plan: Plan) -> list[Tensor] | None:
     return [gamma, beta] if is_whole and is_in_turn else None
 
 
-def _number(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+def _number(x: Tensor, axes: Axes) -> Tensor:
     """Return the number of elements along the axes."""
     sizes = [x.shape[axis] for axis in axes]
     if None in sizes:

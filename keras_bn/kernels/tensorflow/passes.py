@@ -31,6 +31,11 @@ def number(x: Tensor, axes: Axes) -> Tensor:
     return tf.reduce_prod(tf.cast(tf.gather(tf.shape(x), axes), _wide(x)))
 
 
+def moments(x: Tensor, weights: Tensor | None, count: Any, axes: Axes) -> Any:
+    """Return pivot, offset and m2, in one pass; None where that cannot be had."""
+    return compiled.moments(x, weights, count, axes)
+
+
 def normalize(x: Tensor, learned: Learned, plan: Plan) -> Any:
     """Return y, the moments, and what `gradients` needs; None where that cannot be had at once."""
     return compiled.normalize(x, learned, plan)
@@ -68,6 +73,9 @@ def products(
     x: Tensor, dy: Tensor, center: Tensor | None, axes: Axes
 ) -> tuple[Tensor | None, Tensor]:
     """Return Σ dy, None where the center is, and Σ dy·(x - center)."""
+    found = None if center is None else compiled.products(x, dy, center, axes)
+    if found is not None:
+        return found[0], found[1]
     dy = tf.cast(dy, _wide(x))
     first = None if center is None else sum_over(dy, axes)
     return first, sum_over(dy * _difference(x, center), axes)
@@ -91,6 +99,9 @@ def mapped_products(
 
 def mapped(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> Tensor:
     """Return ((x - center)·scale + shift)·gamma + beta."""
+    y = compiled.mapped(x, affine, dtype) if learned.is_nothing else None
+    if y is not None:
+        return y
     if learned.is_nothing and _is_by_channel(x, affine, dtype):
         return _by_channel(x, affine)
     y = tf.cast(x, affine.scale.dtype)
@@ -145,6 +156,9 @@ def combined(
     gamma: Tensor | None = None,
 ) -> Tensor:
     """Return gamma·dy·a + w·((x - center)·b + c), in the dtype of x, for the terms a, b, c."""
+    dx = compiled.combined(x, dy, center, terms, weights) if gamma is None else None
+    if dx is not None:
+        return dx
     a, b, c = terms
     line = _plus(_difference(x, center) * b, c)
     dy = _times(tf.cast(dy, _wide(x)), gamma)
