@@ -38,9 +38,9 @@ class Pair:
             parts[variable.trainable].append(new - old)
         return [loss], parts[True], parts[False], [model.predict_on_batch(x)]
 
-    def step_of_stock_for_moved_input(self):
+    def step_of_stock_for_moved_input(self, seed):
         """Move each input by one unit in its last place, up or down."""
-        sign = np.random.default_rng(1).choice([-1, 1], self.x.shape)
+        sign = np.random.default_rng(seed).choice([-1, 1], self.x.shape)
         return self.step(self.stock, self.x * (1 + sign * np.finfo("float32").eps).astype(DTYPE))
 
 
@@ -108,8 +108,10 @@ def test_predictions_are_those_of_stock(pair):
 def test_training_step_is_that_of_stock(pair):
     wanted, found = pair.step(pair.stock, pair.x), pair.step(pair.ours, pair.x)
     # A network is as exact as it is well conditioned: in float32 its step may differ by a few times
-    # what that of the stock network does when the input moves by one unit in the last place (1.4 %
-    # of ResNet50's update, whose activations pass their kinks). In float64 nothing is left of that.
-    moved = pair.step_of_stock_for_moved_input() if DTYPE == "float32" else wanted
-    for a, b, c in zip(found, wanted, moved, strict=True):
-        assert distance(a, b) < max(5 * distance(c, b), LEAST)
+    # what that of the stock network does when the input moves by one unit in the last place. Of
+    # ResNet50's update that is 0.5 % in one direction and 4 % in another, as activations pass their
+    # kinks or do not: so there are several. In float64 nothing is left of that.
+    seeds = range(1, 5) if DTYPE == "float32" else ()
+    moved = [pair.step_of_stock_for_moved_input(seed) for seed in seeds]
+    for a, b, *others in zip(found, wanted, *moved, strict=True):
+        assert distance(a, b) < max([LEAST, *(5 * distance(other, b) for other in others)])
