@@ -23,7 +23,7 @@ _ARGUMENTS = {
     "moments": [*_NEST, *_BIG, _DATA, _DATA, _REAL, _INT, _LONG, _DATA, _INT],
     "products": [*_NEST, *_BIG, *_BIG, _DATA, _LONG, _DATA, _INT],
     "mapped_products": [*_NEST, *_BIG, *_BIG, *[_DATA] * 4, _LONG, _LONG, _DATA, _DATA, _INT],
-    "map": [*_NEST, *_BIG, *_BIG, *[_DATA] * 5, _INT],
+    "map": [*_NEST, *_BIG, *_BIG, *[_DATA] * 5, _INT, _INT],
     "combined": [*_NEST, *_BIG, *_BIG, *_BIG, *[_DATA] * 6, _INT],
     "normalize": [
         *_NEST,
@@ -39,6 +39,7 @@ _ARGUMENTS = {
         _LONG,
         _DATA,
         _DATA,
+        _INT,
         _INT,
     ],
     "gradients": [

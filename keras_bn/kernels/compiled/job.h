@@ -42,7 +42,7 @@ struct Job {
     int64_t all;      /* how many cells there are */
     int64_t together; /* how many neighbouring cells make a set */
     int varies;       /* whether gamma varies within a set */
-    int is_centered, is_far, is_past_caches;
+    int is_centered, is_training, is_far, is_past_caches;
 };
 
 typedef struct {
@@ -130,7 +130,7 @@ static int prepare(Job *job, int rank, const int64_t *dims, int64_t cells, int64
     int64_t elements = turn * nest->size[0];
     int most = nest->size[0] < threads ? (int)nest->size[0] : threads;
     job->parts = elements < (start ? SMALL : MODERATE) ? 1 : most;
-    job->is_past_caches = elements * WIDTH[job->types[Y]] >= LARGE;
+    job->is_past_caches = job->is_training && elements * WIDTH[job->types[Y]] >= LARGE;
     job->many = turn < CHUNK ? CHUNK / turn : 1;
     job->all = cells;
     if (!job->sum) return 1;

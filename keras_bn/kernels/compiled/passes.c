@@ -13,7 +13,8 @@
 
    `dims` has the sizes of the tensor and the strides of each operand; of the big operands data and
    dtype are given. What there is for each cell has `cells` elements, dense; `count` is the number
-   of elements of a cell. */
+   of elements of a cell. In training so many tensors are at work that no cache holds a large result
+   until it is read. */
 
 int keras_bn_reads_half(void) {
 #ifdef __FLT16_MAX__
@@ -68,9 +69,10 @@ int keras_bn_mapped_products(int rank, const int64_t *dims, char *x, int type, c
 /* y = ((x - center)·scale + shift)·gamma + beta; gamma and beta both or neither. */
 int keras_bn_map(int rank, const int64_t *dims, char *x, int type, char *y, int y_type,
                  float *center, float *scale, float *shift, const float *gamma, const float *beta,
-                 int threads) {
+                 int is_training, int threads) {
     Job job = {.map = map, .big = {x, NULL, y}, .types = {type, 0, y_type}, .center = center,
-               .slope = scale, .level = shift, .gamma = gamma, .beta = beta, .varies = gamma != 0};
+               .slope = scale, .level = shift, .gamma = gamma, .beta = beta, .varies = gamma != 0,
+               .is_training = is_training};
     if (!prepare(&job, rank, dims, 0, 0, threads)) return 0;
     run(&job);
     return 1;
@@ -82,7 +84,7 @@ int keras_bn_combined(int rank, const int64_t *dims, char *x, int type, char *dy
                       float *level, float *factor, const float *gamma, int threads) {
     Job job = {.map = combine, .big = {x, dy, dx}, .types = {type, dy_type, dx_type},
                .weights = weights, .center = center, .factor = factor, .slope = slope,
-               .level = level, .gamma = gamma, .varies = gamma != 0};
+               .level = level, .gamma = gamma, .varies = gamma != 0, .is_training = 1};
     if ((weights && gamma) || !prepare(&job, rank, dims, 0, 0, threads)) return 0;
     run(&job);
     return 1;
@@ -94,13 +96,15 @@ int keras_bn_combined(int rank, const int64_t *dims, char *x, int type, char *dy
 int keras_bn_normalize(int rank, const int64_t *dims, char *x, int type, char *y, int y_type,
                        const float *gamma, const float *beta, int varies, double count,
                        int64_t together, double epsilon, int is_centered, int64_t cells,
-                       int64_t columns, float *affine, float *rest, int threads) {
+                       int64_t columns, float *affine, float *rest, int is_training,
+                       int threads) {
     Job job = {.sum = sum_moments, .finish = finish_map, .map = map, .big = {x, NULL, y},
                .types = {type, 0, y_type}, .gamma = gamma, .beta = beta, .varies = varies,
                .count = count, .together = together, .epsilon = epsilon,
                .is_centered = is_centered, .center = affine, .scale = affine + cells,
                .shift = affine + 2 * cells, .offset = rest, .m2 = rest + cells,
-               .slope = rest + 2 * cells, .level = rest + 3 * cells, .columns.number = columns};
+               .slope = rest + 2 * cells, .level = rest + 3 * cells, .columns.number = columns,
+               .is_training = is_training};
     if (!prepare(&job, rank, dims, cells, 0, threads)) return 0;
     run(&job);
     release(&job);
@@ -118,7 +122,7 @@ int keras_bn_gradients(int rank, const int64_t *dims, char *x, int type, char *d
                .gamma = gamma, .varies = varies, .count = count, .together = together,
                .is_centered = is_centered, .center = affine, .scale = affine + cells,
                .shift = affine + 2 * cells, .factor = work, .slope = work + cells,
-               .level = work + 2 * cells};
+               .level = work + 2 * cells, .is_training = 1};
     if (!prepare(&job, rank, dims, cells, columns, threads)) return 0;
     run(&job);
     write_columns(&job, d_learned);

@@ -205,7 +205,7 @@ static void normalize(void *kernel, TF_OpKernelContext *context) {
                 y, type, data_of(&call, 1, options->is_learned),
                 data_of(&call, 2, options->is_learned), options->varies,
                 (double)shape.elements / shape.cells, options->together, options->epsilon,
-                options->is_centered, shape.cells, shape.number, affine, rest,
+                options->is_centered, shape.cells, shape.number, affine, rest, 1,
                 (int)options->threads);
     }
     finish(&call, is_done);
@@ -297,7 +297,7 @@ static void map_by_cells(void *kernel, TF_OpKernelContext *context) {
         if (y && !is_done && are_of_cells(&call, 1, 3, &shape))
             is_done = keras_bn_map(shape.rank, shape.dims, TF_TensorData(x),
                                    of_dtype(TF_TensorType(x)), y, type, data_of(&call, 1, 1),
-                                   data_of(&call, 2, 1), data_of(&call, 3, 1), NULL, NULL,
+                                   data_of(&call, 2, 1), data_of(&call, 3, 1), NULL, NULL, 1,
                                    (int)options->threads);
     }
     finish(&call, is_done);

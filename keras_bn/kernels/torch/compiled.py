@@ -110,8 +110,9 @@ def mapped(
     column = None if gamma is None else columns[0].shape
     nest = dims(x.shape, x.stride(), None, y.stride(), None, small[0].shape, column)
     done = _library.keras_bn_map(
-        x.ndim, nest, *_data(x), *_data(y), *_addresses(*small, *columns), torch.get_num_threads()
-    )
+        x.ndim, nest, *_data(x), *_data(y), *_addresses(*small, *columns), x.requires_grad,
+        torch.get_num_threads(),
+    )  # fmt: skip
     return y if done else None
 
 
@@ -153,7 +154,7 @@ def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments,
     done = _library.keras_bn_normalize(
         x.ndim, nest, *_data(x), *_data(y), *_addresses(*columns.parts), columns.varies, size,
         together, plan.epsilon, plan.pooling.is_centered, cells, math.prod(columns.shape),
-        affine.data_ptr(), rest.data_ptr(), torch.get_num_threads(),
+        affine.data_ptr(), rest.data_ptr(), x.requires_grad, torch.get_num_threads(),
     )  # fmt: skip
     if not done:
         return None if x.is_contiguous() else normalize(x.contiguous(), learned, plan)
