@@ -160,7 +160,7 @@ def draw(rows: Rows, engines: list[tuple[str, str]]) -> None:
     axes.set_xticks(range(len(SHOWN)), SHOWN)
     axes.set_ylabel("times as fast as Keras")
     axes.set_title("Training step, float32: geometric mean over four shapes")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=len(shown), fontsize=8)
     figure.savefig(DOCS / "performance.png", dpi=120)
 
 
