@@ -1,6 +1,7 @@
 """The compiled passes as operations of TensorFlow; each gives None for what they do not serve."""
 
 import os
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -36,8 +37,20 @@ def _serves(x: Tensor, *dtypes: str) -> bool:
     return {x.dtype.name, *dtypes} <= set(TYPES) and _operations() is not None
 
 
-def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments, Tensor] | None:
-    """Return y, the moments, and the map of each cell, which the gradient needs."""
+def normalize(
+    x: Tensor, learned: Learned, plan: Plan, number: Callable[[Tensor, Axes], Tensor]
+) -> tuple[Tensor, Moments, Tensor] | None:
+    """Return y, the moments, and the map of each cell, which the gradient needs.
+
+    Args:
+        x: The input.
+        learned: gamma and beta.
+        plan: What to do.
+        number: Gives the number of elements along some axes.
+
+    Returns:
+        All three, or None.
+    """
     # Only in training: a graph that is exported must not need these operations.
     if not is_for_gradients() or not _serves(x, plan.dtype):
         return None
@@ -50,7 +63,7 @@ def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments,
     )
     affine.set_shape([3, *sums])
     rest.set_shape([4, *sums])
-    count = _number(x, plan.pooling.axes) * (plan.pooling.together or 1)
+    count = number(x, plan.pooling.axes) * (plan.pooling.together or 1)
     return y, Moments(count, affine[0], rest[0], rest[1]), affine
 
 
@@ -169,11 +182,3 @@ def _filled(learned: Learned, sums: Any, plan: Plan) -> list[Tensor] | None:
     # The columns of cells one after the other are the same again and again.
     is_in_turn = varies(learned, plan.pooling.axes) or shape[first:] == list(sums)[first:]
     return [gamma, beta] if is_whole and is_in_turn else None
-
-
-def _number(x: Tensor, axes: Axes) -> Tensor:
-    """Return the number of elements along the axes."""
-    sizes = [x.shape[axis] for axis in axes]
-    if None in sizes:
-        return tf.cast(tf.reduce_prod(tf.gather(tf.shape(x), axes)), tf.float32)
-    return int(tf.TensorShape(sizes).num_elements())

@@ -38,7 +38,7 @@ def moments(x: Tensor, weights: Tensor | None, count: Any, axes: Axes) -> Any:
 
 def normalize(x: Tensor, learned: Learned, plan: Plan) -> Any:
     """Return y, the moments, and what `gradients` needs; None where that cannot be had at once."""
-    return compiled.normalize(x, learned, plan)
+    return compiled.normalize(x, learned, plan, number)
 
 
 def gradients(x: Tensor, dy: Tensor, learned: Learned, affine: Tensor, plan: Plan) -> Any:
