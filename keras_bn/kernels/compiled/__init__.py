@@ -14,7 +14,7 @@ from typing import Any
 
 from keras_bn.types import Shape
 
-# How passes.c numbers dtypes, and what it calls operands.
+# How passes.c numbers dtypes.
 TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 _INT, _LONG, _REAL, _DATA = ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p

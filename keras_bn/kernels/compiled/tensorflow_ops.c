@@ -5,6 +5,11 @@
 
 #include "passes.c"
 
+/* The operations promise float16; without it there shall be none, as without a compiler. */
+#ifndef __FLT16_MAX__
+#error "a compiler with _Float16 is needed (gcc 12, clang 15)"
+#endif
+
 typedef struct TF_Status TF_Status;
 typedef struct TF_Tensor TF_Tensor;
 typedef struct TF_OpDefinitionBuilder TF_OpDefinitionBuilder;

@@ -162,7 +162,7 @@ def _alike(*parts: Tensor | None) -> list[Tensor] | None:
 
 def _threads() -> int:
     threads: int = tf.config.threading.get_intra_op_parallelism_threads()
-    return threads or len(os.sched_getaffinity(0))
+    return threads or os.cpu_count() or 1
 
 
 def _sums(x: Tensor, axes: Axes) -> list[int | None]:
