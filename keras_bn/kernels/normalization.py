@@ -29,6 +29,14 @@ class Plan(NamedTuple):
     correct: Corrector | None = None
     kept: Moments | None = None
 
+    @property
+    def is_simple(self) -> bool:
+        """Whether there are only elements of x to sum, in sets whose cells are neighbours."""
+        _, weights, total, *_, across = self.pooling
+        is_scattered = total is not None and not self.pooling.are_neighbours
+        is_plain = all(part is None for part in (weights, across, self.correct))
+        return is_plain and not is_scattered
+
 
 class Seen(NamedTuple):
     """What the derivative of a normalization needs, beside x and what is learned.

@@ -146,12 +146,8 @@ class Kernel:
 
     def _whole(self, x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments, Any] | None:
         """Return what one pass makes of all; None where there is none, or more to do."""
-        _, weights, total, *_, across = plan.pooling
-        is_merged = total is not None and not plan.pooling.are_neighbours
-        if any(part is not None for part in (weights, across, plan.correct)) or is_merged:
-            return None
         find = getattr(self._passes, "normalize", None)
-        return None if find is None else find(x, learned, plan)
+        return find(x, learned, plan) if find is not None and plan.is_simple else None
 
 
 class _Forward(NamedTuple):

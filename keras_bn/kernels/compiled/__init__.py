@@ -109,13 +109,13 @@ def dims(
         A row for the sizes, and one for the strides of each operand, 0 where it is absent.
     """
     absent = (0,) * len(shape)
-    large = [strides or absent for strides in (x, dy, y)]
-    small = [absent if sizes is None else _strides(sizes) for sizes in (weight, cell, column)]
+    large = [given or absent for given in (x, dy, y)]
+    small = [absent if sizes is None else strides(sizes) for sizes in (weight, cell, column)]
     rows: list[Any] = [number for row in (shape, *large, *small) for number in row]
     return (ctypes.c_int64 * len(rows))(*rows)
 
 
-def _strides(sizes: Shape) -> Shape:
-    """Return the strides of a dense array, 0 where it is broadcast."""
+def strides(sizes: Shape) -> Shape:
+    """Return the strides of a dense array [elements], 0 where it is broadcast."""
     steps = [*accumulate(reversed(sizes[1:]), mul, initial=1)][::-1]
     return tuple(0 if size == 1 else step for size, step in zip(sizes, steps, strict=True))

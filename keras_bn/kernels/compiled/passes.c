@@ -7,14 +7,8 @@
    Nothing but the C library is needed. Threads are those of an OpenMP runtime that the process has
    already (`keras_bn_threads`), so that its pool is shared. */
 
+#include "calls.h"
 #include "stages.h"
-
-/* ---- What is called. Each returns 1; 0 where it does not serve, and then has done nothing.
-
-   `dims` has the sizes of the tensor and the strides of each operand; of the big operands data and
-   dtype are given. What there is for each cell has `cells` elements, dense; `count` is the number
-   of elements of a cell. In training so many tensors are at work that no cache holds a large result
-   until it is read. */
 
 int keras_bn_reads_half(void) {
 #ifdef __FLT16_MAX__
@@ -24,8 +18,6 @@ int keras_bn_reads_half(void) {
 #endif
 }
 
-/* Moments about the mean, or about 0 if not centered: pivots, offsets and m2 into out. The count is
-   that of each cell where `counts` is given. */
 int keras_bn_moments(int rank, const int64_t *dims, char *x, int type, const float *weights,
                      const float *counts, double count, int is_centered, int64_t cells, float *out,
                      int threads) {
@@ -39,7 +31,6 @@ int keras_bn_moments(int rank, const int64_t *dims, char *x, int type, const flo
     return 1;
 }
 
-/* Σ dy and Σ dy·(x - center) into out. */
 int keras_bn_products(int rank, const int64_t *dims, char *x, int type, char *dy, int dy_type,
                       float *center, int64_t cells, float *out, int threads) {
     Job job = {.sum = sum_products, .finish = finish_sums, .big = {x, dy}, .types = {type, dy_type},
@@ -50,8 +41,6 @@ int keras_bn_products(int rank, const int64_t *dims, char *x, int type, char *dy
     return 1;
 }
 
-/* With z = (x - center)·scale + shift: Σ gamma·dy and Σ gamma·dy·z of each cell into out, Σ dy
-   and Σ dy·z of each column into others. */
 int keras_bn_mapped_products(int rank, const int64_t *dims, char *x, int type, char *dy,
                              int dy_type, float *center, float *scale, float *shift,
                              const float *gamma, int64_t cells, int64_t columns, float *out,
@@ -66,7 +55,6 @@ int keras_bn_mapped_products(int rank, const int64_t *dims, char *x, int type, c
     return 1;
 }
 
-/* y = ((x - center)·scale + shift)·gamma + beta; gamma and beta both or neither. */
 int keras_bn_map(int rank, const int64_t *dims, char *x, int type, char *y, int y_type,
                  float *center, float *scale, float *shift, const float *gamma, const float *beta,
                  int is_training, int threads) {
@@ -78,7 +66,6 @@ int keras_bn_map(int rank, const int64_t *dims, char *x, int type, char *y, int 
     return 1;
 }
 
-/* dx = gamma·dy·factor + w·((x - center)·slope + level); not both gamma and weights. */
 int keras_bn_combined(int rank, const int64_t *dims, char *x, int type, char *dy, int dy_type,
                       char *dx, int dx_type, const float *weights, float *center, float *slope,
                       float *level, float *factor, const float *gamma, int threads) {
@@ -90,9 +77,6 @@ int keras_bn_combined(int rank, const int64_t *dims, char *x, int type, char *dy
     return 1;
 }
 
-/* y = gamma·(x - mean)/√(variance + epsilon) + beta, where `together` neighbouring cells make a
-   set. Of gamma and beta, which vary within a set or not, cell i then has element i mod columns.
-   For each cell: center, scale and shift into affine; offsets and m2, and then work, into rest. */
 int keras_bn_normalize(int rank, const int64_t *dims, char *x, int type, char *y, int y_type,
                        const float *gamma, const float *beta, int varies, double count,
                        int64_t together, double epsilon, int is_centered, int64_t cells,
@@ -111,8 +95,6 @@ int keras_bn_normalize(int rank, const int64_t *dims, char *x, int type, char *y
     return 1;
 }
 
-/* The gradients of that: dx, and those of beta and gamma into d_learned, of `columns` elements
-   each. Work has room for three numbers a cell. */
 int keras_bn_gradients(int rank, const int64_t *dims, char *x, int type, char *dy, int dy_type,
                        char *dx, int dx_type, const float *gamma, int varies, double count,
                        int64_t together, int is_centered, int64_t cells, int64_t columns,

@@ -1,0 +1,59 @@
+/* What is called. Each returns 1; 0 where it does not serve, and then has done nothing.
+
+   `dims` has the sizes of the tensor and the strides of each operand; of the big operands data and
+   dtype are given. What there is for each cell has `cells` elements, dense; `count` is the number
+   of elements of a cell. In training so many tensors are at work that no cache holds a large result
+   until it is read. */
+
+#ifndef KERAS_BN_CALLS_H
+#define KERAS_BN_CALLS_H
+
+#include <stdint.h>
+
+/* Say whether the passes know float16. */
+int keras_bn_reads_half(void);
+
+/* Moments about the mean, or about 0 if not centered: pivots, offsets and m2 into out. The count is
+   that of each cell where `counts` is given. */
+int keras_bn_moments(int rank, const int64_t *dims, char *x, int type, const float *weights,
+                     const float *counts, double count, int is_centered, int64_t cells, float *out,
+                     int threads);
+
+/* Σ dy and Σ dy·(x - center) into out. */
+int keras_bn_products(int rank, const int64_t *dims, char *x, int type, char *dy, int dy_type,
+                      float *center, int64_t cells, float *out, int threads);
+
+/* With z = (x - center)·scale + shift: Σ gamma·dy and Σ gamma·dy·z of each cell into out, Σ dy
+   and Σ dy·z of each column into others. */
+int keras_bn_mapped_products(int rank, const int64_t *dims, char *x, int type, char *dy,
+                             int dy_type, float *center, float *scale, float *shift,
+                             const float *gamma, int64_t cells, int64_t columns, float *out,
+                             float *others, int threads);
+
+/* y = ((x - center)·scale + shift)·gamma + beta; gamma and beta both or neither. */
+int keras_bn_map(int rank, const int64_t *dims, char *x, int type, char *y, int y_type,
+                 float *center, float *scale, float *shift, const float *gamma, const float *beta,
+                 int is_training, int threads);
+
+/* dx = gamma·dy·factor + w·((x - center)·slope + level); not both gamma and weights. */
+int keras_bn_combined(int rank, const int64_t *dims, char *x, int type, char *dy, int dy_type,
+                      char *dx, int dx_type, const float *weights, float *center, float *slope,
+                      float *level, float *factor, const float *gamma, int threads);
+
+/* y = gamma·(x - mean)/√(variance + epsilon) + beta, where `together` neighbouring cells make a
+   set. Of gamma and beta, which vary within a set or not, cell i then has element i mod columns.
+   For each cell: center, scale and shift into affine; offsets and m2, and then work, into rest. */
+int keras_bn_normalize(int rank, const int64_t *dims, char *x, int type, char *y, int y_type,
+                       const float *gamma, const float *beta, int varies, double count,
+                       int64_t together, double epsilon, int is_centered, int64_t cells,
+                       int64_t columns, float *affine, float *rest, int is_training,
+                       int threads);
+
+/* The gradients of that: dx, and those of beta and gamma into d_learned, of `columns` elements
+   each. Work has room for three numbers a cell. */
+int keras_bn_gradients(int rank, const int64_t *dims, char *x, int type, char *dy, int dy_type,
+                       char *dx, int dx_type, const float *gamma, int varies, double count,
+                       int64_t together, int is_centered, int64_t cells, int64_t columns,
+                       float *affine, float *work, float *d_learned, int threads);
+
+#endif
