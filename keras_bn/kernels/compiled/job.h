@@ -42,6 +42,7 @@ struct Job {
     int64_t all;      /* how many cells there are */
     int64_t together; /* how many neighbouring cells make a set */
     int varies;       /* whether gamma varies within a set */
+    int is_first;     /* whether the first element of a line is its pivot */
     int is_centered, is_training, is_far, is_past_caches;
 };
 

@@ -108,92 +108,132 @@ typedef struct {
     Doubles low, high;
 } Total;
 
+#if defined(__clang__) || __GNUC__ >= 12
+#define EIGHT(values, from)                                                               \
+    __builtin_shufflevector(values, values, from, (from) + 1, (from) + 2, (from) + 3,     \
+                            (from) + 4, (from) + 5, (from) + 6, (from) + 7)
+#else
+#define EIGHT(values, from) (*(const Eight *)((const float *)&(values) + (from)))
+#endif
+
 INLINED void add(Total *total, Floats values) {
-    Eight low, high;
-    memcpy(&low, &values, sizeof low);
-    memcpy(&high, (const char *)&values + sizeof low, sizeof high);
-    total->low += __builtin_convertvector(low, Doubles);
-    total->high += __builtin_convertvector(high, Doubles);
+    total->low += __builtin_convertvector(EIGHT(values, 0), Doubles);
+    total->high += __builtin_convertvector(EIGHT(values, HALF_LANES), Doubles);
 }
 
-INLINED double sum_of(const Total *total) {
-    Doubles eight = total->low + total->high;
+INLINED double sum_of(Doubles eight) {
     return eight[0] + eight[4] + (eight[2] + eight[6])
         + (eight[1] + eight[5] + (eight[3] + eight[7]));
 }
 
+#ifdef __clang__
+#define MIXED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MIXED(a, b, ...) __builtin_shuffle(a, b, (Choice){__VA_ARGS__})
+#endif
+
+/* Return the sums of eight vectors, by sums of neighbours: of two, of four, of eight. */
+INLINED Doubles sums_of_rows(const Doubles *rows) {
+    Doubles two[4], four[2];
+    for (int i = 0; i < 4; i++)
+        two[i] = MIXED(rows[2 * i], rows[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14)
+            + MIXED(rows[2 * i], rows[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+    for (int i = 0; i < 2; i++)
+        four[i] = MIXED(two[2 * i], two[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13)
+            + MIXED(two[2 * i], two[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+    return MIXED(four[0], four[1], 0, 1, 2, 3, 8, 9, 10, 11)
+        + MIXED(four[0], four[1], 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+/* The two sums of a line: in eight parts, and of what is left at its end. */
+typedef struct {
+    Doubles first, second;
+    double c, d;
+} Ends;
+
+/* Add the sums of lines to those of their cells, which are `apart`; a cell may have several. */
+INLINED void add_ends(const Ends *ends, int rows, int64_t apart, double *first, double *second) {
+    if (rows == 1) {
+        *first += sum_of(ends->first) + ends->c, *second += sum_of(ends->second) + ends->d;
+        return;
+    }
+    Doubles firsts[ROWS], seconds[ROWS];
+    for (int i = 0; i < ROWS; i++) firsts[i] = ends[i].first, seconds[i] = ends[i].second;
+    Doubles a = sums_of_rows(firsts), b = sums_of_rows(seconds);
+    for (int i = 0; i < ROWS; i++)
+        first[i * apart] += a[i] + ends[i].c, second[i * apart] += b[i] + ends[i].d;
+}
+
 /* Go through a line of n elements: `lanes(j, a, b)` adds those from j on, `one(j, c, d)` one. */
-#define ALONG_LINE(n, first, second, lanes, one)                                          \
-    do {                                                                                  \
-        Total firsts = {{0}, {0}}, seconds = {{0}, {0}};                                  \
-        double c = 0, d = 0;                                                              \
-        int64_t j = 0;                                                                    \
-        while (j + LANES <= (n)) {                                                        \
-            Floats a = {0}, b = {0};                                                      \
-            if (j + FEW * LANES <= (n)) {                                                 \
-                for (int i = 0; i < FEW; i++, j += LANES) lanes(j, a, b);                 \
-            } else if (j + 2 * LANES <= (n)) {                                            \
-                for (int i = 0; i < 2; i++, j += LANES) lanes(j, a, b);                   \
-            } else {                                                                      \
-                lanes(j, a, b);                                                           \
-                j += LANES;                                                               \
-            }                                                                             \
-            add(&firsts, a);                                                              \
-            add(&seconds, b);                                                             \
-        }                                                                                 \
-        for (; j < (n); j++) one(j, c, d);                                                \
-        *(first) += sum_of(&firsts) + c, *(second) += sum_of(&seconds) + d;               \
-    } while (0)
+#define ALONG_LINE(n, lanes, one)                                                         \
+    Total firsts = {{0}, {0}}, seconds = {{0}, {0}};                                      \
+    double c = 0, d = 0;                                                                  \
+    int64_t j = 0;                                                                        \
+    for (int64_t last; j + LANES <= (n);) {                                               \
+        Floats a = {0}, b = {0};                                                          \
+        last = j + (j + FEW * LANES <= (n) ? FEW * LANES : LANES);                        \
+        if (last - j == FEW * LANES)                                                      \
+            for (int i = 0; i < FEW; i++) lanes(j + i * LANES, a, b);                     \
+        else lanes(j, a, b);                                                              \
+        add(&firsts, a), add(&seconds, b), j = last;                                      \
+    }                                                                                     \
+    for (; j < (n); j++) one(j, c, d);                                                    \
+    return (Ends){firsts.low + firsts.high, seconds.low + seconds.high, c, d}
 
 #define SOME(values, how, j) ((how) == MANY ? loaded((values) + (j)) : repeated(*(values)))
 #define OF(values, how) ((values)[(how) == MANY ? j : 0])
 
+INLINED void add_moments(const float *x, int weight, const float *w, double origin,
+                         Doubles *first, Doubles *second) {
+    Doubles deviation = widened_eight(x) - origin, counted = deviation;
+    if (weight) {
+        Doubles own = weight == MANY ? widened_eight(w) : (Doubles){0} + *w;
+        /* What lies under a 0 does not matter, a NaN included. */
+        deviation = (Doubles)((Choice)deviation & (own != 0));
+        counted = own * deviation;
+    }
+    *first += counted, *second += counted * deviation;
+}
+
 /* Of the moments every term is exact: where the pivot is far off, the sum of squares is much larger
    than what is left of it. */
-INLINED void moments_line(const float *restrict x, int64_t n, int weight, const float *restrict w,
-                          const float *restrict pivot, double *first, double *second) {
+INLINED Ends moments_line(const float *restrict x, int64_t n, int weight, const float *restrict w,
+                          const float *restrict pivot) {
     Total firsts = {{0}, {0}}, seconds = {{0}, {0}};
     double origin = *pivot, c = 0, d = 0;
     int64_t j = 0;
     for (; j + LANES <= n; j += LANES) {
-        for (int half = 0; half < 2; half++) {
-            int64_t from = j + half * HALF_LANES;
-            Doubles deviation = widened_eight(x + from) - origin, counted = deviation;
-            if (weight) {
-                Doubles own = weight == MANY ? widened_eight(w + from) : (Doubles){0} + *w;
-                /* What lies under a 0 does not matter, a NaN included. */
-                deviation = (Doubles)((Choice)deviation & (own != 0));
-                counted = own * deviation;
-            }
-            *(half ? &firsts.high : &firsts.low) += counted;
-            *(half ? &seconds.high : &seconds.low) += counted * deviation;
-        }
+        add_moments(x + j, weight, weight == MANY ? w + j : w, origin, &firsts.low, &seconds.low);
+        add_moments(x + j + HALF_LANES, weight, weight == MANY ? w + j + HALF_LANES : w, origin,
+                    &firsts.high, &seconds.high);
     }
+    for (; j + HALF_LANES <= n; j += HALF_LANES)
+        add_moments(x + j, weight, weight == MANY ? w + j : w, origin, &firsts.low, &seconds.low);
     for (; j < n; j++) {
         double own = weight ? OF(w, weight) : 1, deviation = own != 0 ? x[j] - origin : 0;
         c += own * deviation, d += own * deviation * deviation;
     }
-    *first += sum_of(&firsts) + c, *second += sum_of(&seconds) + d;
+    return (Ends){firsts.low + firsts.high, seconds.low + seconds.high, c, d};
 }
 
-INLINED void products_line(const float *restrict x, const float *restrict dy, int64_t n,
-                           const float *restrict center, double *first, double *second) {
+INLINED Ends products_line(const float *restrict x, const float *restrict dy, int64_t n,
+                           const float *restrict center) {
 #define LANES_FROM(j, a, b)                                                               \
     do {                                                                                  \
         Floats slope = loaded(dy + (j));                                                  \
         a += slope, b += slope * (loaded(x + (j)) - *center);                             \
     } while (0)
 #define ONE_AT(j, a, b) (a += dy[j], b += (double)dy[j] * (x[j] - *center))
-    ALONG_LINE(n, first, second, LANES_FROM, ONE_AT);
+    ALONG_LINE(n, LANES_FROM, ONE_AT);
 #undef LANES_FROM
 #undef ONE_AT
 }
 
 /* Σ gamma·dy and Σ gamma·dy·z, where z = (x - center)·scale + shift. */
-INLINED void mapped_products_line(const float *restrict x, const float *restrict dy, int64_t n,
+INLINED Ends mapped_products_line(const float *restrict x, const float *restrict dy, int64_t n,
                                   int cell, int column, const float *restrict center,
                                   const float *restrict scale, const float *restrict shift,
-                                  const float *restrict gamma, double *first, double *second) {
+                                  const float *restrict gamma) {
 #define LANES_FROM(j, a, b)                                                               \
     do {                                                                                  \
         Floats z = (loaded(x + (j)) - SOME(center, cell, j)) * SOME(scale, cell, j);      \
@@ -206,7 +246,7 @@ INLINED void mapped_products_line(const float *restrict x, const float *restrict
         a += slope;                                                                       \
         b += slope * ((x[j] - OF(center, cell)) * OF(scale, cell) + OF(shift, cell));     \
     } while (0)
-    ALONG_LINE(n, first, second, LANES_FROM, ONE_AT);
+    ALONG_LINE(n, LANES_FROM, ONE_AT);
 #undef LANES_FROM
 #undef ONE_AT
 }

@@ -88,6 +88,14 @@ static int shared_loop(const Nest *nest, int threads, int is_sum) {
     return largest;
 }
 
+/* Return some turns of a nest, with the outermost loop as that of the lines. */
+static Nest turned_nest(const Nest *nest, int64_t turns) {
+    Nest turned = *nest;
+    swap_loops(&turned, 0, nest->rank - 2);
+    turned.size[nest->rank - 2] = turns;
+    return turned;
+}
+
 /* Read sizes and the strides of each operand, a row for each; 0 where there are too many loops. */
 static int read_loops(Nest *nest, int rank, const int64_t *dims) {
     for (int i = 0; i < rank; i++) {

@@ -3,6 +3,8 @@
 #ifndef KERAS_BN_PASSES_H
 #define KERAS_BN_PASSES_H
 
+#include <math.h>
+
 #include "job.h"
 
 /* Compiled for several generations of processors, of which the library's loader chooses. */
@@ -14,75 +16,142 @@
 #endif
 #endif
 
+/* A piece of one line, or of as many as there are rows; from row to row an operand is `apart`. */
+typedef struct {
+    const int64_t *at, *apart;
+    int rows;
+    int64_t n;
+} Piece;
+
 /* Return lines in float32, from memory or from a room for them, and the step from one to the
    next. */
-INLINED const float *lines_of(const Job *job, int operand, int64_t at, int rows, int64_t n,
-                              float *room, int64_t *step) {
+INLINED const float *lines_of(const Job *job, int operand, const Piece *piece, float *room,
+                              int64_t *step) {
     int type = job->types[operand];
-    const char *data = job->big[operand] + at * WIDTH[type];
-    int64_t apart = job->nest.stride[operand][job->nest.rank - 2];
-    *step = type == FLOAT ? apart : SHORT;
+    const char *data = job->big[operand] + piece->at[operand] * WIDTH[type];
+    *step = type == FLOAT ? piece->apart[operand] : SHORT;
     if (type == FLOAT) return (const float *)data;
-    for (int i = 0; i < rows; i++)
-        widened(data + i * apart * WIDTH[type], type, n, room + i * SHORT);
+    for (int i = 0; i < piece->rows; i++)
+        widened(data + i * piece->apart[operand] * WIDTH[type], type, piece->n, room + i * SHORT);
     return room;
 }
 
-/* Go along a piece of one line, or of as many as there are rows. */
-INLINED void go(Job *job, const int64_t *at, int rows, int64_t n, int part, Pass pass, int cell,
-                int column, int weight) {
-    float x_room[LINE], dy_room[LINE], y_room[LINE];
-    int has_dy = pass != MOMENTS && pass != MAP, has_y = pass >= MAP;
-    int64_t step = 0, dy_step = 0, number = job->columns.number;
-    const float *x = lines_of(job, X, at[X], rows, n, x_room, &step);
-    const float *dy = has_dy ? lines_of(job, DY, at[DY], rows, n, dy_room, &dy_step) : 0;
-    const float *w = weight ? job->weights + at[WEIGHT] : 0;
-    const float *gamma = column ? job->gamma + at[COLUMN] : 0;
-    const float *beta = column && pass == MAP ? job->beta + at[COLUMN] : 0;
-    const float *center = job->center + at[CELL];
-    double *first = has_y ? 0
-        : job->cells.sums + part * job->cells.copy + at[CELL] - job->cells.first;
-    double *second = has_y ? 0 : first + job->cells.number;
-    if (pass == MOMENTS && cell == ONE) moments_line(x, n, weight, w, center, first, second);
+/* Return the pivot of a sum whose first element is x. */
+INLINED float pivot_of(const Job *job, float x) {
+    return job->is_centered && isfinite(x) ? x : 0;
+}
+
+INLINED void sum_piece(Job *job, const Piece *piece, int part, Pass pass, int cell, int column,
+                       int weight) {
+    float x_room[LINE], dy_room[LINE];
+    int rows = piece->rows;
+    int64_t n = piece->n, step = 0, dy_step = 0, at = piece->at[CELL], apart = piece->apart[CELL];
+    const float *x = lines_of(job, X, piece, x_room, &step);
+    const float *dy = pass == MOMENTS ? 0 : lines_of(job, DY, piece, dy_room, &dy_step);
+    const float *w = weight ? job->weights + piece->at[WEIGHT] : 0, *center = job->center + at;
+    double *first = job->cells.sums + part * job->cells.copy + at - job->cells.first;
+    double *second = first + job->cells.number;
     if (pass == MOMENTS && cell == MANY)
         moments_block(x, step, rows, n, weight, w, center, first, second);
-    if (pass == PRODUCTS && cell == ONE) products_line(x, dy, n, center, first, second);
     if (pass == PRODUCTS && cell == MANY)
         products_block(x, step, dy, dy_step, rows, n, center, first, second);
-    if (pass == MAPPED_PRODUCTS) {
-        int64_t apart = job->nest.stride[CELL][job->nest.rank - 2];
-        const float *scale = job->scale + at[CELL], *shift = job->shift + at[CELL];
-        double *sums = job->columns.sums + part * job->columns.copy + at[COLUMN];
-        const float one = 1;
-        for (int i = 0; i < rows; i++) {
-            const float *own = x + i * step, *slopes = dy + i * dy_step;
-            int64_t k = i * apart;
-            if (cell == ONE)
-                mapped_products_line(own, slopes, n, ONE, column, center + k, scale + k, shift + k,
-                                     gamma, first + k, second + k);
-            else
-                mapped_products(own, slopes, n, column, center + k, scale + k, shift + k, gamma,
-                                first + k, second + k);
-            if (column == ONE)
-                mapped_products_line(own, slopes, n, cell, ONE, center + k, scale + k, shift + k,
-                                     &one, sums, sums + number);
-        }
-        if (column == MANY)
-            column_products_block(x, step, dy, dy_step, rows, n, cell, apart, center, scale, shift,
-                                  sums, sums + number);
-    }
-    if (!has_y) return;
-    char *target = job->big[Y] + at[Y] * WIDTH[job->types[Y]], *out = target;
+    Ends ends[ROWS];
+    for (int i = 0; pass == MOMENTS && cell == ONE && job->is_first && i < rows; i++)
+        job->center[at + i * apart] = pivot_of(job, x[i * step]);
+    for (int i = 0; pass <= PRODUCTS && cell == ONE && i < rows; i++)
+        ends[i] = pass == MOMENTS
+            ? moments_line(x + i * step, n, weight, w + i * piece->apart[WEIGHT],
+                           center + i * apart)
+            : products_line(x + i * step, dy + i * dy_step, n, center + i * apart);
+    if (pass <= PRODUCTS && cell == ONE) add_ends(ends, rows, apart, first, second);
+    if (pass != MAPPED_PRODUCTS) return;
+    const float *scale = job->scale + at, *shift = job->shift + at, one = 1;
+    const float *gamma = job->gamma + piece->at[COLUMN];
+    double *sums = job->columns.sums + part * job->columns.copy + piece->at[COLUMN];
+    for (int i = 0; i < rows && cell == MANY; i++)
+        mapped_products(x + i * step, dy + i * dy_step, n, column, center + i * apart,
+                        scale + i * apart, shift + i * apart, gamma, first + i * apart,
+                        second + i * apart);
+    for (int i = 0; i < rows && cell == ONE; i++)
+        ends[i] = mapped_products_line(x + i * step, dy + i * dy_step, n, ONE, column,
+                                       center + i * apart, scale + i * apart, shift + i * apart,
+                                       gamma);
+    if (cell == ONE) add_ends(ends, rows, apart, first, second);
+    for (int i = 0; i < rows && column == ONE; i++)
+        ends[i] = mapped_products_line(x + i * step, dy + i * dy_step, n, cell, ONE,
+                                       center + i * apart, scale + i * apart, shift + i * apart,
+                                       &one);
+    if (column == ONE) add_ends(ends, rows, 0, sums, sums + job->columns.number);
+    if (column == MANY)
+        column_products_block(x, step, dy, dy_step, rows, n, cell, apart, center, scale, shift,
+                              sums, sums + job->columns.number);
+}
+
+INLINED void map_piece(Job *job, const Piece *piece, Pass pass, int cell, int column, int weight) {
+    float x_room[LINE], dy_room[LINE], y_room[LINE];
     char out_room[LINE * sizeof(float)];
-    if (job->is_past_caches) out = out_room;
-    float *y = job->types[Y] == FLOAT ? (float *)out : y_room;
-    const float *slope = job->slope + at[CELL], *level = job->level + at[CELL];
-    if (pass == MAP) map_line(y, x, n, cell, column, center, slope, level, gamma, beta);
-    if (pass == COMBINED)
-        combined_line(y, x, dy, n, cell, column, weight, w, center, job->factor + at[CELL], slope,
-                      level, gamma);
-    narrow(out, job->types[Y], n, y);
-    if (job->is_past_caches) copy_past_caches(target, out, n * WIDTH[job->types[Y]]);
+    int type = job->types[Y];
+    int64_t n = piece->n, step = 0, dy_step = 0;
+    const float *x = lines_of(job, X, piece, x_room, &step);
+    const float *dy = pass == MAP ? 0 : lines_of(job, DY, piece, dy_room, &dy_step);
+    for (int i = 0; i < piece->rows; i++) {
+        int64_t at = piece->at[CELL] + i * piece->apart[CELL];
+        int64_t own = piece->at[COLUMN] + i * piece->apart[COLUMN];
+        char *target = job->big[Y] + (piece->at[Y] + i * piece->apart[Y]) * WIDTH[type];
+        char *out = job->is_past_caches ? out_room : target;
+        float *y = type == FLOAT ? (float *)out : y_room;
+        const float *gamma = column ? job->gamma + own : 0;
+        if (pass == MAP)
+            map_line(y, x + i * step, n, cell, column, job->center + at, job->slope + at,
+                     job->level + at, gamma, column ? job->beta + own : 0);
+        else
+            combined_line(y, x + i * step, dy + i * dy_step, n, cell, column, weight,
+                          weight ? job->weights + piece->at[WEIGHT] + i * piece->apart[WEIGHT] : 0,
+                          job->center + at, job->factor + at, job->slope + at, job->level + at,
+                          gamma);
+        narrow(out, type, n, y);
+        if (job->is_past_caches) copy_past_caches(target, out, n * WIDTH[type]);
+    }
+}
+
+INLINED void go(Job *job, const Piece *piece, int part, Pass pass, int cell, int column,
+                int weight) {
+    if (pass >= MAP) map_piece(job, piece, pass, cell, column, weight);
+    else sum_piece(job, piece, part, pass, cell, column, weight);
+}
+
+/* Say whether lines go in blocks of rows: where these share sums, or are short. */
+INLINED int is_blocked(const Nest *nest, Pass pass, int cell, int weight) {
+    int loop = nest->rank - 2;
+    if (pass == MAPPED_PRODUCTS) return !nest->stride[COLUMN][loop];
+    if (pass <= PRODUCTS && cell == MANY) return !nest->stride[CELL][loop] && !weight;
+    return nest->size[loop + 1] <= SHORT;
+}
+
+/* Go through the lines of a walk. */
+INLINED void lines_of_walk(Job *job, Walk walk, int part, Pass pass, int cell, int column,
+                           int weight) {
+    const Nest *nest = walk.nest;
+    int loop = nest->rank - 2, is_block = is_blocked(nest, pass, cell, weight);
+    int64_t length = nest->size[loop + 1], at[OPERANDS], apart[OPERANDS];
+    for (int o = 0; o < OPERANDS; o++) apart[o] = nest->stride[o][loop];
+    int is_along[] = {1, 1, 1, weight == MANY, cell == MANY, column == MANY};
+    for (; walk.left > 0; next_turn(&walk)) {
+        memcpy(at, walk.at, sizeof at);
+        for (int64_t line = 0; line < walk.lines;) {
+            int rows = is_block && walk.lines - line >= ROWS ? ROWS : 1;
+            int64_t most = rows == ROWS ? SHORT : LINE;
+            for (int64_t start = 0; start < length; start += most) {
+                int64_t n = length - start < most ? length - start : most;
+                if (rows == ROWS)
+                    go(job, &(Piece){at, apart, ROWS, n}, part, pass, cell, column, weight);
+                else go(job, &(Piece){at, apart, 1, n}, part, pass, cell, column, weight);
+                for (int o = 0; o < OPERANDS; o++) at[o] += is_along[o] * n;
+            }
+            for (int o = 0; o < OPERANDS; o++) at[o] += rows * apart[o] - is_along[o] * length;
+            line += rows;
+        }
+    }
 }
 
 /* Go through the lines of some turns. It is compiled once for each pass and each way that the small
@@ -90,28 +159,18 @@ INLINED void go(Job *job, const int64_t *at, int rows, int64_t n, int part, Pass
 INLINED void pass_of(Job *job, int64_t from, int64_t to, int part, Pass pass, int cell, int column,
                      int weight) {
     const Nest *nest = &job->nest;
-    int loop = nest->rank - 2;
-    int64_t length = nest->size[loop + 1], at[OPERANDS];
-    /* Rows that have their sums in common. */
-    int is_block_of_cells = pass <= PRODUCTS && cell == MANY && !nest->stride[CELL][loop];
-    int is_blocked = pass == MAPPED_PRODUCTS ? !nest->stride[COLUMN][loop]
-        : is_block_of_cells && !weight;
-    int is_along[] = {1, 1, 1, weight == MANY, cell == MANY, column == MANY};
-    for (Walk walk = walk_of(nest, from, to); walk.left > 0; next_turn(&walk)) {
-        memcpy(at, walk.at, sizeof at);
-        for (int64_t line = 0; line < walk.lines;) {
-            int rows = is_blocked && walk.lines - line >= ROWS ? ROWS : 1;
-            int64_t most = rows == ROWS ? SHORT : LINE;
-            for (int64_t start = 0; start < length; start += most) {
-                int64_t n = length - start < most ? length - start : most;
-                if (rows == ROWS) go(job, at, ROWS, n, part, pass, cell, column, weight);
-                else go(job, at, 1, n, part, pass, cell, column, weight);
-                for (int o = 0; o < OPERANDS; o++) at[o] += is_along[o] * n;
-            }
-            for (int o = 0; o < OPERANDS; o++)
-                at[o] += rows * nest->stride[o][loop] - is_along[o] * length;
-            line += rows;
-        }
+    /* Where the lines of a turn have columns of their own, those of one place in several turns
+       have them in common. */
+    int is_turned = pass == MAPPED_PRODUCTS && nest->stride[COLUMN][nest->rank - 2]
+        && !nest->stride[COLUMN][0];
+    Nest turned;
+    int64_t most = is_turned ? job->many : to - from;
+    for (int64_t last; from < to; from = last) {
+        last = to - from > most ? from + most : to;
+        if (is_turned) turned = turned_nest(nest, last - from);
+        Walk walk = is_turned ? walk_of(&turned, 0, turned.size[0]) : walk_of(nest, from, last);
+        for (int o = 0; is_turned && o < OPERANDS; o++) walk.at[o] += from * nest->stride[o][0];
+        lines_of_walk(job, walk, part, pass, cell, column, weight);
     }
 }
 

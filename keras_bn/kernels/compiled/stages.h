@@ -3,8 +3,6 @@
 #ifndef KERAS_BN_STAGES_H
 #define KERAS_BN_STAGES_H
 
-#include <math.h>
-
 #include "passes.h"
 
 /* Set the sums of some cells to 0. */
@@ -25,6 +23,14 @@ static void join_parts(Job *job, const Sums *sums, int64_t from, int64_t to) {
         }
 }
 
+/* Say whether each line, in one piece, is all of its cell: then its pivot is found on the way. */
+static int are_lines_alone(const Job *job) {
+    int64_t lines = 1, length = job->nest.size[job->nest.rank - 1];
+    for (int i = 0; i < job->nest.rank - 1; i++) lines *= job->nest.size[i];
+    return lines == job->all && length <= LINE && !job->weights
+        && !job->nest.stride[CELL][job->nest.rank - 1];
+}
+
 /* Take the first element of each sum as its pivot. */
 static void find_pivots(Job *job, int64_t from, int64_t to) {
     Nest nest = job->nest;
@@ -41,28 +47,41 @@ static void find_pivots(Job *job, int64_t from, int64_t to) {
                 float room, x = *widened(job->big[X] + (at + j) * WIDTH[type], type, 1, &room);
                 int is_counted = !job->weights
                     || job->weights[weight + j * nest.stride[WEIGHT][loop + 1]] > 0;
-                job->center[cell + j] = isfinite(x) && is_counted && job->is_centered ? x : 0;
+                job->center[cell + j] = is_counted ? pivot_of(job, x) : 0;
             }
         }
     }
 }
 
+/* Say whether a count in float32 is what was counted, as that of a mask is. */
+INLINED int is_exact(float count) { return count < 1 << 24 && count == (float)(int32_t)count; }
+
+INLINED void moments_of(Job *job, int64_t from, int64_t to, int is_counted, int is_centered) {
+    const double *restrict first = job->cells.sums - job->cells.first;
+    const double *restrict second = first + job->cells.number;
+    const float *restrict counts = job->counts;
+    float *restrict center = job->center, *restrict offset = job->offset, *restrict m2 = job->m2;
+    double same = job->count > 0 ? job->count : 1;
+    int64_t far = 0;
+    for (int64_t i = from; i < to; i++) {
+        double count = !is_counted ? same : counts[i] > 0 ? counts[i] : 1;
+        double distance = is_centered ? first[i] / count : 0, lost = first[i] * distance;
+        double rest = second[i] - lost, mean = center[i] + distance;
+        /* 12 of 53 bits may go; but what is lost of a count in float32 is lost here, too. */
+        far += lost > (is_counted && !is_exact(counts[i]) ? 8 : 4096) * rest;
+        center[i] = (float)mean;
+        offset[i] = (float)(mean - (float)mean);
+        m2[i] = rest < 0 ? 0 : (float)rest; /* a NaN stays one */
+    }
+    if (far) job->is_far = 1;
+}
+
 /* Turn the sums of cells into moments. */
 FOR_EACH_CPU static void finish_moments(Job *job, int64_t from, int64_t to, int part) {
     (void)part;
-    const double *first = job->cells.sums - job->cells.first, *second = first + job->cells.number;
-    int is_far = 0;
-    for (int64_t i = from; i < to; i++) {
-        double count = job->counts ? job->counts[i] : job->count;
-        double distance = job->is_centered ? first[i] / (count > 0 ? count : 1) : 0;
-        double rest = second[i] - first[i] * distance, mean = job->center[i] + distance;
-        /* 12 of 53 bits may go. */
-        is_far |= first[i] * distance > 4096 * rest;
-        job->center[i] = (float)mean;
-        job->offset[i] = (float)(mean - job->center[i]);
-        job->m2[i] = rest < 0 ? 0 : (float)rest; /* a NaN stays one */
-    }
-    if (is_far) job->is_far = 1;
+    if (!job->is_centered) moments_of(job, from, to, 0, 0);
+    else if (job->counts) moments_of(job, from, to, 1, 1);
+    else moments_of(job, from, to, 0, 1);
 }
 
 /* Give each cell the moments of its set, as core/moments.py merges them. */
@@ -95,12 +114,15 @@ static int64_t cells_to_wrap(const Job *job, int64_t i, int64_t to) {
 FOR_EACH_CPU static void finish_map(Job *job, int64_t from, int64_t to, int part) {
     finish_moments(job, from, to, part);
     if (job->together > 1) merge(job, from, to);
-    double count = job->count * job->together;
+    const float *restrict m2 = job->m2, *restrict offset = job->offset;
+    float *restrict scale = job->scale, *restrict shift = job->shift;
+    double count = job->count * job->together, epsilon = job->epsilon;
     for (int64_t i = from; i < to; i++) {
-        float scale = (float)(1 / sqrt(job->m2[i] / count + job->epsilon));
-        job->scale[i] = job->slope[i] = scale;
-        job->shift[i] = job->level[i] = -job->offset[i] * scale;
+        scale[i] = (float)(1 / sqrt(m2[i] / count + epsilon));
+        shift[i] = -offset[i] * scale[i];
     }
+    memcpy(job->slope + from, scale + from, (size_t)(to - from) * sizeof(float));
+    memcpy(job->level + from, shift + from, (size_t)(to - from) * sizeof(float));
     for (int64_t i = from, n; is_composed(job) && i < to; i += n) {
         const float *gamma = job->gamma + i % job->columns.number;
         const float *beta = job->beta + i % job->columns.number;
@@ -154,11 +176,13 @@ FOR_EACH_CPU static void finish_gradients(Job *job, int64_t from, int64_t to, in
     weigh(job, from, to);
     if (job->together > 1) share(job, from, to);
     double count = job->count * job->together;
+    double share = 1 / count, centered = job->is_centered ? share : 0;
+    const float *restrict scale = job->scale, *restrict shift = job->shift;
+    float *restrict slope = job->slope, *restrict level = job->level;
     for (int64_t i = from; i < to; i++) {
-        float slope = (float)(-job->slope[i] / count * job->scale[i]);
-        float level = job->is_centered ? (float)(-job->level[i] / count * job->scale[i]) : 0;
-        job->slope[i] = slope * job->scale[i];
-        job->level[i] = level + slope * job->shift[i];
+        float by_slope = (float)(-slope[i] * share * scale[i]);
+        level[i] = (float)(-level[i] * centered * scale[i]) + by_slope * shift[i];
+        slope[i] = by_slope * scale[i];
     }
 }
 
@@ -191,10 +215,12 @@ static void write_columns(Job *job, float *out) {
 
 static void sum_and_finish(Job *job, int64_t from, int64_t to, int part) {
     int64_t stride = job->nest.stride[CELL][0], first = from * stride, last = to * stride;
-    if (job->sum == sum_moments) find_pivots(job, from, to);
+    int is_alone = are_lines_alone(job);
+    if (job->sum == sum_moments && !is_alone) find_pivots(job, from, to);
     job->cells.first = first;
     for (int times = 0; times < 2; times++) {
         job->is_far = 0;
+        job->is_first = is_alone && !times;
         clear(job, first, last);
         job->sum(job, from, to, part);
         job->finish(job, first, last, part);
