@@ -16,6 +16,7 @@ from keras_bn.core.pooling import Pooling, group_total
 from keras_bn.kernels import reference
 from keras_bn.kernels.compiled import library
 from tests.kernels import hard
+from tests.kernels.compiled_cases import CASES, compare, drawn, every_case
 
 if keras.backend.backend() != "torch":
     pytest.skip("the passes serve PyTorch", allow_module_level=True)
@@ -30,43 +31,6 @@ from keras_bn.kernels.normalization import Plan
 from keras_bn.kernels.torch import compiled, passes
 
 U = hard.unit_roundoff("float32")
-
-# Shape, pooled axes, and the axes along which gamma and beta vary.
-CASES = {
-    "rows": ((700, 96), (1,), (1,)),
-    "short rows": ((5000, 7), (1,), (1,)),
-    "one long row": ((1, 40_001), (1,), (1,)),
-    "columns": ((700, 96), (0,), (1,)),
-    "three columns": ((20_000, 3), (0,), (1,)),
-    "one column": ((40_000, 1), (0,), (1,)),
-    "many columns": ((9, 8192), (0,), (1,)),
-    "a prime number of columns": ((20, 4099), (0,), (1,)),
-    "images": ((6, 15, 17, 24), (0, 1, 2), (3,)),
-    "images, channels first": ((6, 24, 15, 17), (0, 2, 3), (1,)),
-    "channels in the middle": ((5, 9, 24, 31), (0, 1, 3), (2,)),
-    "two kept axes": ((6, 15, 4, 30), (0, 2), (1, 3)),
-    "instances": ((6, 15, 17, 24), (1, 2), (3,)),
-    "instances, channels first": ((6, 24, 15, 17), (2, 3), (1,)),
-    "few instances, channels first": ((2, 24, 65, 33), (2, 3), (1,)),
-    "rows that are not last": ((12, 90, 40), (1,), (1,)),
-    "rows of two axes": ((40, 15, 60), (1, 2), (1, 2)),
-    "rows apart": ((30, 15, 60), (0, 2), (0, 2)),
-    "sets of one element": ((300, 120, 1), (2,), (1, 2)),
-    "a single element": ((1, 1), (0,), (1,)),
-}
-every_case = pytest.mark.parametrize(("shape", "axes", "varied"), CASES.values(), ids=CASES)
-
-
-def drawn(shape, axes, varied, mean=3.0, dtype="float32"):
-    """Return x, dy, gamma and beta; x begins with an outlier in each set of its first row."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(mean, 1, shape)
-    x[tuple(0 if axis in axes else slice(None) for axis in range(len(shape)))] += 300
-    dy = rng.normal(0.2, 1, shape)
-    sizes = [size if axis in varied else 1 for axis, size in enumerate(shape)]
-    gamma, beta = rng.uniform(0.5, 2, (2, *sizes)).astype("float32")
-    x, dy = (part.astype("float32").astype(hard.numpy_dtype(dtype)) for part in (x, dy))
-    return x, dy, gamma, beta
 
 
 def tensor(array):
@@ -96,24 +60,8 @@ def check(x, dy, gamma, beta, axes, *, how=by_passes, laid_out=lambda part: part
     learned = Learned(torch.from_numpy(gamma), torch.from_numpy(beta))
     given = laid_out(tensor(x)), laid_out(tensor(dy))
     y, moments, (dx, d_gamma, d_beta) = how(*given, learned, axes, dtype)
-    x, dy = (np.asarray(part, "float64") for part in (x, dy))
-    exact = reference.moments(x, axes)
-    z = reference.normalize(x, axes, epsilon=hard.EPSILON)
-    wanted = reference.gradients(x, dy, axes, gamma=gamma, epsilon=hard.EPSILON)
-    ulp = 0.51 * 2 * hard.unit_roundoff(dtype) if dtype != "float32" else 0.0
-    bound = hard.variance_bound(exact, U)
-    assert hard.share(moments.variance.numpy() - exact.variance, bound) <= 1
-    error, size = y.double().numpy() - (gamma * z + beta), np.abs(gamma * z) + np.abs(beta)
-    bound = gamma * hard.output_bound(z, exact, U) + 4 * U * np.abs(beta) + ulp * size
-    assert hard.share(error, bound) <= 1
-    s = np.sqrt(exact.variance + hard.EPSILON)
-    bound = hard.gradient_bound(z, s, gamma * dy, axes, dtype)
-    assert hard.share(dx.double().numpy() - wanted[0], bound) <= 1
-    shared = tuple(axis for axis, size in enumerate(gamma.shape) if size == 1)
-    sizes = (8 * U * np.abs(dy) * (1 + np.abs(z)), 8 * U * np.abs(dy))
-    for found, exactly, size in zip((d_gamma, d_beta), wanted[1:], sizes, strict=True):
-        error = found.numpy() - exactly.sum(shared, keepdims=True)
-        assert hard.share(error, size.sum(shared, keepdims=True)) <= 1
+    found = [part.double().numpy() for part in (y, moments.variance, dx, d_gamma, d_beta)]
+    compare(found, x, dy, gamma, beta, axes, dtype)
 
 
 @every_case

@@ -32,7 +32,7 @@ LIMITS = "tests/layers/test_limits.py"
 STATISTICS = "tests/layers/test_statistics.py"
 STEPS = "kernels/steps.py"
 PASSES = f"kernels/{BACKEND}/passes.py"
-JAX = "kernels/jax/__init__.py"
+JAX = "kernels/jax/parts.py"
 
 # In each backend's kernels: the file, what is sound, and what is faulty.
 IS_JAX = BACKEND == "jax"

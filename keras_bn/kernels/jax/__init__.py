@@ -7,6 +7,7 @@ from keras_bn.core.moments import Moments
 from keras_bn.core.pooling import Pooling
 from keras_bn.kernels import normalization
 from keras_bn.kernels.jax import compiled, parts
+from keras_bn.kernels.jax.operation import How
 from keras_bn.kernels.jax.parts import apply, moments
 from keras_bn.kernels.normalization import Plan
 from keras_bn.types import Tensor
@@ -16,15 +17,14 @@ __all__ = ["apply", "moments", "normalize"]
 
 def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments]:
     """Return y and the moments, as `normalization.normalize`."""
-    is_whole = plan.is_simple and 0 not in plan.pooling.axes
-    found = compiled.normalize(_whole, x, learned, plan) if is_whole else None
+    found = compiled.normalize(_whole, x, learned, plan) if plan.is_simple else None
     if found is not None:
         return found
     y, moments, _ = normalization.normalize(parts, x, learned, plan)
     return y, moments
 
 
-def _whole(how: compiled.How, x: Tensor, *learned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _whole(how: How, x: Tensor, *learned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, each cell's center, scale and shift, and its offset and m2, then two zeros."""
 
     def total(cells: Tensor) -> Tensor:

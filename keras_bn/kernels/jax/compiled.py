@@ -8,47 +8,24 @@ import functools
 import math
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad
 
 from keras_bn.core.affine import Learned
 from keras_bn.core.moments import Moments
-from keras_bn.core.pooling import Pooling
 from keras_bn.kernels.compiled import TYPES, dims, library, strides
+from keras_bn.kernels.jax.operation import How, operation
 from keras_bn.kernels.normalization import Plan, varies
-from keras_bn.types import Shape, Tensor
+from keras_bn.types import Tensor
 
 Axes = tuple[int, ...]
 
 # The passes' strides have room for so many axes.
 _RANK = 7
-
-
-class How(NamedTuple):
-    """What a call does, beside its tensors.
-
-    Attributes:
-        axes: Summed over.
-        dtype: Dtype of the output.
-        epsilon: Added to the variance.
-        together: How many neighbouring cells make a set.
-        is_centered: Whether moments are about the mean.
-        varies: Whether gamma varies within a set.
-        is_training: Whether so many tensors are at work that no cache holds the result.
-    """
-
-    axes: Axes
-    dtype: str = "float32"
-    epsilon: float = 0.0
-    together: int = 1
-    is_centered: bool = True
-    varies: bool = False
-    is_training: bool = False
 
 
 @functools.cache
@@ -127,7 +104,7 @@ def _filled(learned: Learned) -> list[Tensor]:
     return [gamma, jnp.zeros_like(gamma) if beta is None else beta]
 
 
-def _is_in_turn(part: Tensor, sums: Shape, how: How) -> bool:
+def _is_in_turn(part: Tensor, sums: Axes, how: How) -> bool:
     """Say whether the columns of cells one after the other are the same again and again."""
     first = next((axis for axis, size in enumerate(part.shape) if size > 1), part.ndim)
     return part.dtype == jnp.float32 and (how.varies or part.shape[first:] == sums[first:])
@@ -140,7 +117,7 @@ def _is_in_turn(part: Tensor, sums: Shape, how: How) -> bool:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _normalized(what: tuple[Any, How], x: Tensor, *learned: Tensor) -> Any:
     plain, how = what
-    return _normalize.bind(x, *learned, plain=plain, how=how)
+    return tuple(_normalize.bind(x, *learned, plain=plain, how=how))
 
 
 @_normalized.defjvp
@@ -178,68 +155,16 @@ def _plain_gradients(plain: Any, how: How, *inputs: Tensor) -> Any:
     return dx, jnp.stack(columns)
 
 
-def _operation(
-    name: str, plain: Callable[..., Any], results: Callable[..., Any], lower: Any = None
-) -> Primitive:
-    """Return a primitive.
-
-    Args:
-        name: Its name.
-        plain: Gives its results in plain JAX.
-        results: Gives shapes and dtypes of the results.
-        lower: Gives operands and attributes of the custom call on the CPU; None for none.
-    """
-    operation = Primitive(f"keras_bn_{name}")
-    operation.multiple_results = True
-
-    def of(params: Any) -> Callable[..., Any]:
-        return functools.partial(plain, params["plain"], params["how"])
-
-    @functools.lru_cache(maxsize=4096)
-    def jitted(**params: Any) -> Callable[..., Any]:
-        return jax.jit(functools.partial(operation.bind, **params))
-
-    def abstract(*inputs: Any, how: How, **_: Any) -> Any:
-        return [jax.core.ShapedArray(*found) for found in results(how, *inputs)]
-
-    def differentiated(primals: Any, tangents: Any, **params: Any) -> Any:
-        return jax.jvp(of(params), primals, tuple(map(ad.instantiate_zeros, tangents)))
-
-    def batched(inputs: Any, axes: Any, **params: Any) -> Any:
-        found = jax.vmap(of(params), axes)(*inputs)
-        return found, [0] * len(found)
-
-    def in_plain(*inputs: Tensor, **params: Any) -> Any:
-        return of(params)(*inputs)
-
-    plainly = mlir.lower_fun(in_plain, multiple_results=True)
-
-    def called(context: Any, *operands: Any, plain: Any, how: How) -> Any:
-        if context.module_context.lowering_parameters.for_export:
-            return plainly(context, *operands, plain=plain, how=how)
-        call = jax.ffi.ffi_lowering(f"keras_bn_{name}")
-        return call(context, *operands, **lower(how, *context.avals_in))
-
-    operation.def_impl(lambda *inputs, **params: jitted(**params)(*inputs))
-    operation.def_abstract_eval(abstract)
-    ad.primitive_jvps[operation] = differentiated
-    batching.primitive_batchers[operation] = batched
-    mlir.register_lowering(operation, plainly)
-    if lower is not None:
-        mlir.register_lowering(operation, called, platform="cpu")
-    return operation
-
-
-def _sums(how: How, x: Any) -> Shape:
+def _sums(how: How, x: Any) -> Axes:
     return tuple(1 if axis in how.axes else size for axis, size in enumerate(x.shape))
 
 
-def _columns(x: Any, learned: Any) -> Shape:
-    return learned[0].shape if learned else (1,) * x.ndim
+def _columns(x: Any, learned: Any) -> Axes:
+    return tuple(learned[0].shape) if learned else (1,) * x.ndim
 
 
 def _attributes(
-    how: How, x: Any, columns: Shape, nest: Any, is_given: bool, dtype: str
+    how: How, x: Any, columns: Axes, nest: Any, is_given: bool, dtype: str
 ) -> dict[str, Any]:
     """Return what xla_calls.c reads."""
     cells = math.prod(_sums(how, x))
@@ -282,13 +207,13 @@ def _call_gradients(how: How, x: Any, *others: Any) -> dict[str, Any]:
     return _attributes(how, x, columns, nest, bool(learned), str(dy.dtype))
 
 
-_moments = _operation(
+_moments = operation(
     "moments",
     _plain_moments,
     lambda how, x, *_: [((3, *_sums(how, x)), jnp.float32)],
     _call_moments,
 )
-_normalize = _operation(
+_normalize = operation(
     "normalize",
     _plain_normalize,
     lambda how, x, *_: [
@@ -298,10 +223,8 @@ _normalize = _operation(
     ],
     _call_normalize,
 )
-_movement = _operation(
-    "movement", _plain_movement, lambda how, x, *_: [(x.shape, how.dtype)]
-)
-_gradients = _operation(
+_movement = operation("movement", _plain_movement, lambda how, x, *_: [(x.shape, how.dtype)])
+_gradients = operation(
     "gradients",
     _plain_gradients,
     lambda how, x, *others: [

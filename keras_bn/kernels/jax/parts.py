@@ -26,7 +26,7 @@ def moments(x: Tensor, axes: tuple[int, ...], weights: Tensor | None = None) -> 
         count: Any = math.prod(x.shape[axis] for axis in axes)
     else:
         weights = jax.lax.stop_gradient(weights)
-        count = jnp.sum(jnp.broadcast_to(weights, x.shape), axes, keepdims=True)
+        count = sum_over(jnp.broadcast_to(weights, x.shape), axes)
     pivot, offset, m2 = _moments(axes, x, weights, positive(count))
     return Moments(count, jax.lax.stop_gradient(pivot), offset, m2)
 

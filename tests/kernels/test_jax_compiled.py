@@ -1,0 +1,201 @@
+"""The passes in C as operations of JAX: right, and in plain JAX wherever they do not serve."""
+
+import re
+
+import keras
+import numpy as np
+import pytest
+
+from keras_bn.core.affine import Learned
+from keras_bn.core.pooling import Pooling, group_total
+from keras_bn.kernels import reference
+from keras_bn.kernels.compiled import library
+from tests.kernels import hard
+from tests.kernels.compiled_cases import CASES, U, compare, drawn, every_case
+
+if keras.backend.backend() != "jax":
+    pytest.skip("operations of JAX", allow_module_level=True)
+if library() is None:
+    pytest.skip("built without a compiler, or switched off", allow_module_level=True)
+
+import jax
+import jax.numpy as jnp
+
+import keras_bn
+from keras_bn import kernels
+from keras_bn.kernels.jax import compiled
+from keras_bn.kernels.normalization import Plan
+
+CALL = re.compile(r"custom_call @keras_bn_(\w+)")
+
+
+@pytest.fixture
+def in_plain(monkeypatch):
+    """Switch the operations off from here on."""
+
+    def switch():
+        monkeypatch.setattr(compiled, "serves", lambda *_: False)
+
+    return switch
+
+
+def normalized(axes, dtype="float32"):
+    def function(x, gamma, beta):
+        pooling, learned = Pooling(axes), Learned(gamma, beta)
+        y, moments = kernels.normalize(x, pooling, learned, hard.EPSILON, dtype)
+        return y, moments.variance
+
+    return function
+
+
+@every_case
+@pytest.mark.parametrize(
+    ("dtype", "mean"), [("float32", 0.0), ("float32", 1e4), ("float16", 0.5), ("bfloat16", 0.5)]
+)
+def test_normalization_and_its_gradients_are_right(shape, axes, varied, dtype, mean):
+    x, dy, gamma, beta = drawn(shape, axes, varied, mean, dtype)
+
+    @jax.jit
+    def all_of(x, dy, gamma, beta):
+        y, pull, variance = jax.vjp(normalized(axes, dtype), x, gamma, beta, has_aux=True)
+        return y, variance, *pull(dy)
+
+    given = [jnp.asarray(part) for part in (x, dy, gamma, beta)]
+    assert set(CALL.findall(all_of.lower(*given).as_text())) == {"normalize", "gradients"}
+    found = [np.asarray(part, "float64") for part in all_of(*given)]
+    compare(found, x, dy, gamma, beta, axes, dtype)
+
+
+@pytest.mark.parametrize("axis", [1, 2], ids=["first", "last"])
+def test_groups_are_merged_as_the_core_merges_them(axis):
+    rng = np.random.default_rng(0)
+    x = rng.normal(rng.normal(0, 30, 24), 1, (6, 130, 24)).astype("float32")
+    x = x if axis == 2 else np.moveaxis(x, 2, 1).copy()
+    pooling = Pooling((3 - axis,), None, group_total(axis, 24, 4), 6, are_neighbours=True)
+    plan = Plan(pooling, 1e-3, "float32")
+    found = jax.jit(lambda x: kernels.normalize(x, pooling, Learned(None, None), *plan[1:3])[0])(x)
+    groups = np.moveaxis(x, axis, 1).reshape(len(x), 4, -1)
+    exact = reference.moments(groups, (2,))
+    z = reference.normalize(groups, (2,), epsilon=1e-3)
+    found = np.moveaxis(np.asarray(found), axis, 1).reshape(groups.shape)
+    assert hard.share(found - z, hard.output_bound(z, exact, U)) <= 1
+
+
+WEIGHTS = {"rows": (700, 1), "columns": (1, 96), "elements": (700, 96)}
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)], ids=str)
+@pytest.mark.parametrize("sizes", WEIGHTS.values(), ids=WEIGHTS)
+def test_weights_count_and_what_lies_under_a_0_does_not(axes, sizes):
+    rng = np.random.default_rng(0)
+    weights = rng.integers(0, 3, sizes).astype("float32") / 2
+    x = rng.normal(50, 1, (700, 96)).astype("float32")
+    exact = reference.moments(x, axes, weights)
+    x[np.broadcast_to(weights == 0, x.shape)] = np.nan
+    moments = jax.jit(lambda x, w: kernels.moments(x, axes, w)[1:])
+    assert CALL.findall(moments.lower(x, weights).as_text()) == ["moments"]
+    pivot, offset, m2 = map(np.asarray, moments(x, weights))
+    assert hard.share(m2 / np.maximum(exact.count, 1) - exact.variance, 8 * U) <= 1
+    bound = U * np.abs(exact.mean) + 8 * U
+    assert hard.share(pivot + offset - exact.mean, bound) <= 1
+
+
+# Each differentiates another way: the first three by rules of ours, the last two by JAX's.
+DERIVATIVES = {
+    "forward": lambda f, x, v: jax.jvp(f, (x,), (v,))[1],
+    "forward over reverse": lambda f, x, v: jax.jvp(jax.grad(f), (x,), (v,))[1],
+    "reverse over reverse": lambda f, x, v: jax.grad(lambda x: jnp.vdot(jax.grad(f)(x), v))(x),
+    "reverse over forward": lambda f, x, v: jax.grad(lambda x: jax.jvp(f, (x,), (v,))[1])(x),
+    "vmap of reverse": lambda f, x, v: jax.vmap(jax.grad(f))(jnp.stack([x, v])),
+    "third": lambda f, x, v: jax.jvp(lambda x: jax.jvp(jax.grad(f), (x,), (v,))[1], (x,), (x * v,))[
+        1
+    ],
+    "recomputed": lambda f, x, _: jax.grad(jax.checkpoint(f))(x),
+}
+LAYERS = {
+    "batch": (keras_bn.BatchNormalization, {}, {"training": True}),
+    "groups": (keras_bn.GroupNormalization, {"groups": 4}, {}),
+    "layer": (keras_bn.LayerNormalization, {}, {}),
+    "root mean square": (keras_bn.RMSNormalization, {}, {}),
+    "no scale": (keras_bn.LayerNormalization, {"scale": False}, {}),
+    "nothing learned": (keras_bn.LayerNormalization, {"scale": False, "center": False}, {}),
+}
+
+
+@pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
+@pytest.mark.parametrize(("kind", "options", "use"), LAYERS.values(), ids=LAYERS)
+def test_derivatives_are_those_of_the_plain_kernels(
+    kind, options, use, derivative, jit, in_plain, monkeypatch
+):
+    layer, rng = kind(**options), np.random.default_rng(0)
+    layer.build((6, 5, 16))
+    x, v, w = (jnp.asarray(rng.normal(0.5, 1, (6, 5, 16)), "float32") for _ in range(3))
+    trained = [weight + 0.3 for weight in layer.trainable_variables]
+    kept = [weight.value for weight in layer.non_trainable_variables]
+
+    def scalar(x):
+        return jnp.vdot(jnp.sin(layer.stateless_call(trained, kept, x, **use)[0]), w)
+
+    found = jit(lambda x, v: derivative(scalar, x, v))(x, v)
+    in_plain()
+    wanted = jit(lambda x, v: derivative(scalar, x, v))(x, v)
+    scale = float(jnp.max(jnp.abs(wanted)))
+    assert np.allclose(found, wanted, rtol=1e-4, atol=2e-5 * scale)
+
+
+@pytest.mark.parametrize(("kind", "options", "use"), LAYERS.values(), ids=LAYERS)
+def test_what_is_learned_has_the_gradient_of_the_plain_kernels(kind, options, use, in_plain):
+    layer, rng = kind(**options), np.random.default_rng(0)
+    layer.build((6, 5, 16))
+    x, w = (jnp.asarray(rng.normal(0.5, 1, (6, 5, 16)), "float32") for _ in range(2))
+    kept = [weight.value for weight in layer.non_trainable_variables]
+
+    def scalar(trained):
+        return jnp.vdot(layer.stateless_call(trained, kept, x, **use)[0], w)
+
+    trained = [weight.value for weight in layer.trainable_variables]
+    found = jax.grad(scalar)(trained)
+    in_plain()
+    for own, wanted in zip(found, jax.grad(scalar)(trained), strict=True):
+        assert np.allclose(own, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_an_export_holds_no_operation_of_ours():
+    layer = keras_bn.GroupNormalization(groups=4)
+    layer.build((2, 5, 16))
+    x = jax.random.normal(jax.random.key(0), (2, 5, 16))
+    called = jax.jit(layer.__call__)
+    assert CALL.search(called.lower(x).as_text())
+    exported = jax.export.export(called)(x)
+    assert not CALL.search(exported.mlir_module())
+    assert np.allclose(exported.call(x), called(x), atol=1e-5)
+
+
+UNSERVED = {
+    "eight axes": lambda: jnp.zeros((1,) * 7 + (3,)),
+    "whole numbers": lambda: jnp.zeros((4, 3), "int32"),
+    "empty": lambda: jnp.zeros((0, 3)),
+}
+
+
+@pytest.mark.parametrize("given", UNSERVED.values(), ids=UNSERVED)
+def test_what_is_not_served_is_refused(given):
+    assert not compiled.serves(given())
+
+
+def test_float64_is_not_served():
+    with jax.enable_x64(True):
+        assert not compiled.serves(jnp.zeros((4, 3), "float64"))
+
+
+def test_no_memory_is_an_error(monkeypatch):
+    shape = CASES["images"][0]
+    x, cells = jnp.zeros(shape), 2**60
+    numbers = [4, 0, 0, cells, 1, 1, 1, 0, 0, 0, 1]
+    call = jax.ffi.ffi_call("keras_bn_moments", jax.ShapeDtypeStruct((3, 1), jnp.float32))
+    nest = np.array([*shape, 1, 1, 1, 1, *[0] * 20], np.int64)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no memory for sums"):
+        jax.block_until_ready(
+            call(x, dims=nest, numbers=np.array(numbers, np.int64), reals=np.ones(2))
+        )
