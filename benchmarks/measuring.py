@@ -20,6 +20,9 @@ BACKENDS = ("tensorflow", "jax", "torch")
 def in_turn(steps: dict[str, Callable[[], object]], seconds: float = 1.0) -> dict[str, list[float]]:
     """Time several functions in turn, so that what disturbs one disturbs all.
 
+    Every second round goes backwards: what a function leaves in the caches and in the allocator
+    is found by each of the others, and by itself, not always by the same one.
+
     Args:
         steps: Functions that return when their work is done; each is called twice beforehand.
         seconds: About how long to measure; at least 7 rounds, at most 101.
@@ -35,11 +38,13 @@ def in_turn(steps: dict[str, Callable[[], object]], seconds: float = 1.0) -> dic
         warm += time.perf_counter() - start
     rounds = min(101, max(7, int(seconds / max(warm, 1e-6))))
     times: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps.items())
     for _ in range(rounds):
-        for name, step in steps.items():
+        for name, step in order:
             start = time.perf_counter()
             step()
             times[name].append(time.perf_counter() - start)
+        order.reverse()
     return times
 
 

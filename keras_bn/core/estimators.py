@@ -90,6 +90,30 @@ class Limits(NamedTuple):
     dmax: Tensor | None
 
 
+class Correction(NamedTuple):
+    """Gives r and d of renormalization from the moments of a batch; see `renorm_correction`.
+
+    Attributes:
+        mean: The kept mean [x].
+        stddev: The kept standard deviation [x].
+        limits: How far the correction may go.
+        epsilon: Added to the variance of the batch [x²].
+        count_kept: Where it is 0 nothing is kept yet; None for anywhere.
+    """
+
+    mean: Tensor
+    stddev: Tensor
+    limits: Limits
+    epsilon: float
+    count_kept: Tensor | None = None
+
+    def __call__(self, batch: Moments) -> tuple[Tensor, Tensor]:
+        """Return r and d."""
+        stddev = native.sqrt(batch.variance + self.epsilon)
+        kept = (self.mean, self.stddev, self.limits, self.count_kept)
+        return renorm_correction(batch, stddev, *kept)
+
+
 def renorm_correction(
     moments: Moments,
     stddev: Tensor,

@@ -6,6 +6,7 @@ here are tensors of the backend, of one dtype, beside Python numbers.
 """
 
 import importlib
+from typing import Any
 
 import keras
 from keras import ops
@@ -18,3 +19,9 @@ where, sqrt, reshape = _own.where, _own.sqrt, _own.reshape
 # `1.0 / x` is two operations in PyTorch.
 reciprocal = _own.math.reciprocal if _name == "tensorflow" else _own.reciprocal
 isfinite = _own.math.is_finite if _name == "tensorflow" else _own.isfinite
+
+
+def cast(value: Any, dtype: str) -> Any:
+    """Return a variable, or a tensor, as a tensor in a dtype."""
+    is_cast = isinstance(value, keras.Variable) and value.dtype == dtype
+    return value.value if is_cast else ops.cast(value, dtype)

@@ -86,7 +86,8 @@ def normalize(
         total = pooling.total
         # Compiled code would sum what belongs together again for each element (torch 2.13).
         pooling = pooling._replace(total=lambda cells: _hold(total(cells)))
-    plan = Plan(pooling, epsilon, dtype, None if correct is None else _held(correct), kept)
+    correct = _held(correct) if correct is not None and is_compiling() else correct
+    plan = Plan(pooling, epsilon, dtype, correct, kept)
     # JAX would count a collective inside a derivative by hand twice: then in parts.
     is_whole = pooling.across is None or hasattr(pooling.across, "total")
     if is_whole and hasattr(_kernel, "normalize"):

@@ -3,13 +3,13 @@
 from typing import Any, NamedTuple
 
 from keras_bn.core.affine import Affine, Learned, compose, standardize, uncentered
-from keras_bn.core.estimators import Corrector
+from keras_bn.core.estimators import Correction, Corrector
 from keras_bn.core.moments import Moments, merge, or_else
 from keras_bn.core.pooling import Pooling
 from keras_bn.types import Tensor
 
 # r and d of batch renormalization, constants for gradients; None for 1 and 0.
-Correction = tuple[Tensor, Tensor] | None
+Corrected = tuple[Tensor, Tensor] | None
 
 
 class Plan(NamedTuple):
@@ -31,11 +31,14 @@ class Plan(NamedTuple):
 
     @property
     def is_simple(self) -> bool:
-        """Whether there are only elements of x to sum, in sets whose cells are neighbours."""
+        """Whether there are only elements of x to sum, in sets whose cells are neighbours.
+
+        r and d may be those of a `Correction`, which says what they are made of.
+        """
         _, weights, total, *_, across = self.pooling
         is_scattered = total is not None and not self.pooling.are_neighbours
-        is_plain = all(part is None for part in (weights, across, self.correct))
-        return is_plain and not is_scattered
+        is_known = self.correct is None or isinstance(self.correct, Correction)
+        return weights is None and across is None and is_known and not is_scattered
 
 
 class Seen(NamedTuple):
@@ -49,7 +52,19 @@ class Seen(NamedTuple):
 
     count: Tensor
     affine: Affine
-    correction: Correction
+    correction: Corrected
+
+
+class Whole(NamedTuple):
+    """The same of what one pass made of all.
+
+    Attributes:
+        affine: Center, scale and shift of each cell, in one tensor.
+        correction: r and d.
+    """
+
+    affine: Tensor
+    correction: Corrected
 
 
 def normalize(kernel: Any, x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments, Seen]:

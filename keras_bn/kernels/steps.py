@@ -13,7 +13,7 @@ from keras.backend import standardize_dtype
 from keras_bn.core.affine import AS_IS, Affine, Learned, uncentered
 from keras_bn.core.moments import Moments, is_static, positive, settled
 from keras_bn.kernels import generic
-from keras_bn.kernels.normalization import Plan, Seen, normalize, varies
+from keras_bn.kernels.normalization import Plan, Seen, Whole, normalize, varies
 from keras_bn.types import Tensor
 
 Axes = tuple[int, ...]
@@ -122,14 +122,15 @@ class Kernel:
         def backward(inputs: Any, seen: Any, grads: Any) -> Any:
             (x, *given), (dy,) = inputs, grads
             parts = learned.filled(given)
-            if not isinstance(seen, Seen):
+            if isinstance(seen, Whole):
                 found: Tensors | None = passes.gradients(x, dy, parts, seen, plan)
                 if found is not None:
-                    return found
-                affine = Affine(*(seen[part] for part in range(3)))
+                    pairs = zip(found[1:], parts.given, strict=True)
+                    return found[0], *(_folded(own, part) for own, part in pairs)
+                affine = Affine(*(seen.affine[part] for part in range(3)))
                 affine = affine if plan.pooling.is_centered else uncentered(affine)
                 count = passes.number(x, axes) * (plan.pooling.together or 1)
-                seen = Seen(count, affine, None)
+                seen = Seen(count, affine, seen.correction)
             return _gradients(passes, x, dy, parts, seen, plan)
 
         def plain(inputs: Any, seen: Any) -> Any:

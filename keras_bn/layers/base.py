@@ -186,7 +186,7 @@ class Normalization(Configured):
         """Return a weight as a tensor that broadcasts against the input; None stays None."""
         if value is None:
             return None
-        return native.reshape(ops.cast(value, dtype), self._broadcast)
+        return native.reshape(native.cast(value, dtype), self._broadcast)
 
     def _learned(self, dtype: str) -> Learned:
         return Learned(self._spread(self.gamma, dtype), self._spread(self.beta, dtype))

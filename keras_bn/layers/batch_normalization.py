@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
-from keras_bn.core.estimators import Corrector, Limits, at_least, renorm_correction
+from keras_bn.core.estimators import Correction, Limits, at_least
 from keras_bn.core.moments import Moments, degrees_of_freedom, union
 from keras_bn.layers.batch_statistics import BatchStatistics
 from keras_bn.types import Shape, Tensor
@@ -170,20 +170,14 @@ class BatchNormalization(BatchStatistics):
     def _initial_stddev(self, shape: Shape, dtype: str | None = None) -> Tensor:
         return ops.sqrt(self.moving_variance_initializer(shape, dtype=dtype))
 
-    def _corrector(self, dtype: str) -> Corrector | None:
+    def _corrector(self, dtype: str) -> Correction | None:
         if not self.renorm:
             return None
         mean, stddev = (self._spread(v, dtype) for v in (self.renorm_mean, self.renorm_stddev))
         # The initial value may be 0.
         stddev = at_least(stddev, self.epsilon**0.5)
         count = self._spread_count(self.renorm_count, dtype)
-        limits = self._limits(dtype)
-
-        def correct(batch: Moments) -> tuple[Tensor, Tensor]:
-            own = self._stddev(batch.variance)
-            return renorm_correction(batch, own, mean, stddev, limits, count)
-
-        return correct
+        return Correction(mean, stddev, self._limits(dtype), self.epsilon, count)
 
     def _update(self, batch: Moments, known: Tensor) -> None:
         if self.renorm:

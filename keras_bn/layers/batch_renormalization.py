@@ -7,11 +7,10 @@ import numpy as np
 from keras import ops
 
 from keras_bn.core.estimators import (
-    Corrector,
+    Correction,
     Limits,
     linear_ramp,
     moving_average,
-    renorm_correction,
 )
 from keras_bn.core.moments import Moments
 from keras_bn.layers.batch_statistics import BatchStatistics
@@ -154,17 +153,12 @@ class BatchRenormalization(BatchStatistics):
         missing_step = len(store) == last
         super().load_own_variables({**store, str(last): np.int32(0)} if missing_step else store)
 
-    def _corrector(self, dtype: str) -> Corrector:
+    def _corrector(self, dtype: str) -> Correction:
         kept = self._kept_moments(dtype)
         stddev_kept = self._stddev(kept.variance)
         limits = Limits(*(ops.cast(limit, dtype) for limit in self.limits()))
         count = self._spread_count(self.moving_count, dtype)
-
-        def correct(batch: Moments) -> tuple[Tensor, Tensor]:
-            stddev = self._stddev(batch.variance)
-            return renorm_correction(batch, stddev, kept.mean, stddev_kept, limits, count)
-
-        return correct
+        return Correction(kept.mean, stddev_kept, limits, self.epsilon, count)
 
     def _update(self, batch: Moments, known: Tensor) -> None:
         momentum = share = self._share(self.moving_count, self.momentum, batch, known)

@@ -11,7 +11,7 @@ from keras_bn import kernels
 from keras_bn.core import native
 from keras_bn.core.affine import Affine, compose
 from keras_bn.core.dtypes import statistics_dtype
-from keras_bn.core.estimators import Corrector, moving_average
+from keras_bn.core.estimators import Correction, moving_average
 from keras_bn.core.moments import Moments, is_known, is_static, merge
 from keras_bn.core.pooling import Ghosts, Pooling, ghosts_of, reduced_axes
 from keras_bn.layers.base import Normalization
@@ -158,7 +158,7 @@ class BatchStatistics(Normalization):
         weights = ops.broadcast_to(weights, (ghosts.samples, *ops.shape(weights)[1:]))
         return ghosts.split(x), Pooling(axes, ghosts.split(weights))
 
-    def _corrector(self, dtype: str) -> Corrector | None:
+    def _corrector(self, dtype: str) -> Correction | None:
         """Return what gives r and d, by which a training batch is corrected; None for 1 and 0.
 
         Variables are read here, not by what is returned, which is part of a differentiable step.

@@ -332,7 +332,7 @@ if BACKEND == "torch":
     EVERYWHERE = "tests/kernels/test_compiled.py"
     FAULTS |= {
         "deviations from a first element that is an outlier": Fault(
-            f"{COMPILED}stages.h", "if (is_far) job->is_far = 1;", "", EVERYWHERE
+            f"{COMPILED}stages.h", "if (far) job->is_far = 1;", "", EVERYWHERE
         ),
         "terms of moments added in single precision": Fault(
             f"{COMPILED}lines.h",

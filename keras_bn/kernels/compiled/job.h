@@ -36,6 +36,10 @@ struct Job {
     char *big[Y + 1];
     const float *weights, *gamma, *beta;
     float *center, *scale, *shift, *factor, *slope, *level, *offset, *m2;
+    const float *kept; /* means and standard deviations to correct towards, or NULL */
+    const double *limits;
+    float *r, *d;
+    int64_t kept_columns;
     Sums cells, columns;
     const float *counts;
     double count, epsilon;

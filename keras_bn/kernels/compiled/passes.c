@@ -80,15 +80,17 @@ int keras_bn_combined(int rank, const int64_t *dims, char *x, int type, char *dy
 int keras_bn_normalize(int rank, const int64_t *dims, char *x, int type, char *y, int y_type,
                        const float *gamma, const float *beta, int varies, double count,
                        int64_t together, double epsilon, int is_centered, int64_t cells,
-                       int64_t columns, float *affine, float *rest, int is_training,
-                       int threads) {
+                       int64_t columns, float *affine, float *rest, const float *kept,
+                       int64_t kept_columns, const double *limits, float *correction,
+                       int is_training, int threads) {
     Job job = {.sum = sum_moments, .finish = finish_map, .map = map, .big = {x, NULL, y},
                .types = {type, 0, y_type}, .gamma = gamma, .beta = beta, .varies = varies,
                .count = count, .together = together, .epsilon = epsilon,
                .is_centered = is_centered, .center = affine, .scale = affine + cells,
                .shift = affine + 2 * cells, .offset = rest, .m2 = rest + cells,
                .slope = rest + 2 * cells, .level = rest + 3 * cells, .columns.number = columns,
-               .is_training = is_training};
+               .kept = kept, .kept_columns = kept_columns, .limits = limits, .r = correction,
+               .d = correction + cells, .is_training = is_training};
     if (!prepare(&job, rank, dims, cells, 0, threads)) return 0;
     run(&job);
     release(&job);

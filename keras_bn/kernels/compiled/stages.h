@@ -110,6 +110,23 @@ static int64_t cells_to_wrap(const Job *job, int64_t i, int64_t to) {
     return ahead < to - i ? ahead : to - i;
 }
 
+/* Correct the maps towards what is kept, r and d within their limits; a NaN stays one. */
+static void correct(Job *job, int64_t from, int64_t to) {
+    double least = job->limits[0], most = job->limits[1], farthest = job->limits[2];
+    double count = job->count * job->together;
+    for (int64_t i = from; i < to; i++) {
+        double mean = job->kept[i % job->kept_columns];
+        double stddev = job->kept[job->kept_columns + i % job->kept_columns];
+        double r = sqrt(job->m2[i] / count + job->epsilon) / stddev;
+        double d = (job->center[i] - mean + job->offset[i]) / stddev;
+        r = r < least ? least : r > most ? most : r;
+        d = d < -farthest ? -farthest : d > farthest ? farthest : d;
+        job->r[i] = (float)r, job->d[i] = (float)d;
+        job->slope[i] *= job->r[i];
+        job->level[i] = job->level[i] * job->r[i] + job->d[i];
+    }
+}
+
 /* Turn the sums of cells into the map of each. */
 FOR_EACH_CPU static void finish_map(Job *job, int64_t from, int64_t to, int part) {
     finish_moments(job, from, to, part);
@@ -123,6 +140,7 @@ FOR_EACH_CPU static void finish_map(Job *job, int64_t from, int64_t to, int part
     }
     memcpy(job->slope + from, scale + from, (size_t)(to - from) * sizeof(float));
     memcpy(job->level + from, shift + from, (size_t)(to - from) * sizeof(float));
+    if (job->kept) correct(job, from, to);
     for (int64_t i = from, n; is_composed(job) && i < to; i += n) {
         const float *gamma = job->gamma + i % job->columns.number;
         const float *beta = job->beta + i % job->columns.number;

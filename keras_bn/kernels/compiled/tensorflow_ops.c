@@ -210,8 +210,8 @@ static void normalize(void *kernel, TF_OpKernelContext *context) {
                 y, type, data_of(&call, 1, options->is_learned),
                 data_of(&call, 2, options->is_learned), options->varies,
                 (double)shape.elements / shape.cells, options->together, options->epsilon,
-                options->is_centered, shape.cells, shape.number, affine, rest, 1,
-                (int)options->threads);
+                options->is_centered, shape.cells, shape.number, affine, rest, NULL, 0, NULL, NULL,
+                1, (int)options->threads);
     }
     finish(&call, is_done);
 }

@@ -135,8 +135,8 @@ static int normalize(const Frame *frame, const int64_t *dims, const Numbers *n, 
                               n->is_given ? operand(frame, 1) : NULL,
                               n->is_given ? operand(frame, 2) : NULL, (int)n->varies, r->count,
                               n->together, r->epsilon, (int)n->is_centered, n->cells, n->columns,
-                              result(frame, 1), result(frame, 2), (int)n->is_training,
-                              (int)n->threads);
+                              result(frame, 1), result(frame, 2), NULL, 0, NULL, NULL,
+                              (int)n->is_training, (int)n->threads);
 }
 
 /* x, gamma with beta if given, maps and dy; dx, and the gradients of beta and gamma. */

@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_bn.core.affine import Affine, Learned
 from keras_bn.core.moments import Moments
 from keras_bn.kernels.compiled import TYPES, place
-from keras_bn.kernels.normalization import Plan, varies
+from keras_bn.kernels.normalization import Plan, Whole, varies
 from keras_bn.kernels.tensorflow.tracing import (
     is_for_each_of_many,
     is_for_gradients,
@@ -39,7 +39,7 @@ def _serves(x: Tensor, *dtypes: str) -> bool:
 
 def normalize(
     x: Tensor, learned: Learned, plan: Plan, number: Callable[[Tensor, Axes], Tensor]
-) -> tuple[Tensor, Moments, Tensor] | None:
+) -> tuple[Tensor, Moments, Whole] | None:
     """Return y, the moments, and the map of each cell, which the gradient needs.
 
     Args:
@@ -52,7 +52,7 @@ def normalize(
         All three, or None.
     """
     # Only in training: a graph that is exported must not need these operations.
-    if not is_for_gradients() or not _serves(x, plan.dtype):
+    if plan.correct is not None or not is_for_gradients() or not _serves(x, plan.dtype):
         return None
     sums = _sums(x, plan.pooling.axes)
     parts = _filled(learned, sums, plan)
@@ -64,13 +64,14 @@ def normalize(
     affine.set_shape([3, *sums])
     rest.set_shape([4, *sums])
     count = number(x, plan.pooling.axes) * (plan.pooling.together or 1)
-    return y, Moments(count, affine[0], rest[0], rest[1]), affine
+    return y, Moments(count, affine[0], rest[0], rest[1]), Whole(affine, None)
 
 
 def gradients(
-    x: Tensor, dy: Tensor, learned: Learned, affine: Tensor, plan: Plan
+    x: Tensor, dy: Tensor, learned: Learned, whole: Whole, plan: Plan
 ) -> tuple[Tensor, ...] | None:
     """Return the gradients of x and of what is learned, from the maps that `normalize` gave."""
+    affine = whole.affine
     if is_for_each_of_many():
         return None
     parts: Any = _filled(learned, affine.shape[1:], plan)

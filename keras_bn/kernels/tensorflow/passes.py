@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.dtypes import statistics_dtype
 from keras_bn.kernels import generic
-from keras_bn.kernels.normalization import Plan
+from keras_bn.kernels.normalization import Plan, Whole
 from keras_bn.kernels.tensorflow import compiled
 from keras_bn.kernels.tensorflow.sums import (
     made_and_summed,
@@ -41,9 +41,9 @@ def normalize(x: Tensor, learned: Learned, plan: Plan) -> Any:
     return compiled.normalize(x, learned, plan, number)
 
 
-def gradients(x: Tensor, dy: Tensor, learned: Learned, affine: Tensor, plan: Plan) -> Any:
+def gradients(x: Tensor, dy: Tensor, learned: Learned, whole: Whole, plan: Plan) -> Any:
     """Return the gradients of x and of what is learned, from what `normalize` gave."""
-    return compiled.gradients(x, dy, learned, affine, plan)
+    return compiled.gradients(x, dy, learned, whole, plan)
 
 
 def total(x: Tensor, weights: Tensor | None, axes: Axes) -> Tensor:

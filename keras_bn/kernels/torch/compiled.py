@@ -1,5 +1,6 @@
 """The compiled passes on tensors of PyTorch; each gives None for what they do not serve."""
 
+import ctypes
 import math
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch._C import (  # nothing public says who looks at the operations of a p
 from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.moments import Moments
 from keras_bn.kernels.compiled import TYPES, dims, library
-from keras_bn.kernels.normalization import Plan, varies
+from keras_bn.kernels.normalization import Plan, Whole, varies
 from keras_bn.types import Tensor
 
 Axes = tuple[int, ...]
@@ -140,31 +141,45 @@ def combined(
     return dx if done else None
 
 
-def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments, Tensor] | None:
+def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments, Whole] | None:
     """Return y, the moments, and the map of each cell, which the gradient needs."""
     dtype, sums = getattr(torch, plan.dtype), _sums(x, plan.pooling.axes)
-    columns = _columns(learned, sums, plan.pooling.axes)
-    if not serves(x) or dtype not in _types or columns is None:
+    columns, kept = _columns(learned, sums, plan.pooling.axes), _kept(plan, sums)
+    if not serves(x) or dtype not in _types or columns is None or kept is None:
         return None
     y = torch.empty_like(x, dtype=dtype)
     affine, rest = (x.new_empty((number, *sums), dtype=torch.float32) for number in (3, 4))
+    correction = x.new_empty((2, *sums), dtype=torch.float32) if kept.values is not None else None
     nest = dims(x.shape, x.stride(), None, y.stride(), None, sums, columns.shape)
     cells = affine.numel() // 3
     size, together = x.numel() // cells, plan.pooling.together or 1
     done = _library.keras_bn_normalize(
         x.ndim, nest, *_data(x), *_data(y), *_addresses(*columns.parts), columns.varies, size,
         together, plan.epsilon, plan.pooling.is_centered, cells, math.prod(columns.shape),
-        affine.data_ptr(), rest.data_ptr(), x.requires_grad, torch.get_num_threads(),
+        affine.data_ptr(), rest.data_ptr(), *_addresses(kept.values), kept.number, kept.limits,
+        *_addresses(correction), x.requires_grad, torch.get_num_threads(),
     )  # fmt: skip
     if not done:
         return None if x.is_contiguous() else normalize(x.contiguous(), learned, plan)
-    return y, Moments(size * together, affine[0], rest[0], rest[1]), affine
+    pair = None if correction is None else (correction[0], correction[1])
+    return y, Moments(size * together, affine[0], rest[0], rest[1]), Whole(affine, pair)
 
 
 def gradients(
-    x: Tensor, dy: Tensor, learned: Learned, affine: Tensor, plan: Plan
+    x: Tensor, dy: Tensor, learned: Learned, whole: Whole, plan: Plan
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of x and of what is learned, from the maps that `normalize` gave."""
+    """Return the gradients of x and of what is learned, from the maps that `normalize` gave.
+
+    With r and d these are of one part for each set.
+    """
+    affine = whole.affine
+    if whole.correction is not None:
+        r, d = whole.correction
+        gamma = r if learned.gamma is None else r * learned.gamma
+        alone = Learned(gamma, torch.zeros_like(gamma))
+        dx, second, first = gradients(x, dy, alone, Whole(affine, None), plan)
+        pairs = zip((r * second + d * first, first), learned, strict=True)
+        return dx, *(gradient for gradient, part in pairs if part is not None)
     if dy.dtype not in _types or dy.stride() != x.stride():
         dy = torch.empty_like(x).copy_(dy)
     dx, work = torch.empty_like(x), torch.empty_like(affine)
@@ -180,10 +195,44 @@ def gradients(
         torch.get_num_threads(),
     )  # fmt: skip
     if not done:
-        return gradients(x.contiguous(), dy, learned, affine, plan)
+        return gradients(x.contiguous(), dy, learned, whole, plan)
     d_beta, d_gamma = found.unbind()
     pairs = zip((d_gamma, d_beta), learned, strict=True)
     return dx, *(gradient for gradient, part in pairs if part is not None)
+
+
+class _Kept(NamedTuple):
+    """What sets are corrected towards, as the passes take it.
+
+    Attributes:
+        values: Means, then standard deviations; None for nothing.
+        number: How many there are of each.
+        limits: Least and most of r, most of d.
+    """
+
+    values: Tensor | None
+    number: int
+    limits: Any
+
+
+def _kept(plan: Plan, sums: Axes) -> _Kept | None:
+    """Return what sets are corrected towards; None where the passes do not take it."""
+    correct: Any = plan.correct
+    if correct is None:
+        return _Kept(None, 0, None)
+    parts = _dense(correct.mean, correct.stddev)
+    shape = tuple(correct.mean.shape)
+    if parts is None or correct.count_kept is not None or not _are_in_turn(shape, sums):
+        return None
+    ends = zip(correct.limits, (-math.inf, math.inf, math.inf), strict=True)
+    limits = (ctypes.c_double * 3)(*(far if end is None else float(end) for end, far in ends))
+    return _Kept(torch.stack(parts), math.prod(shape), limits)
+
+
+def _are_in_turn(shape: Axes, sums: Axes) -> bool:
+    """Say whether the columns of cells one after the other are the same again and again."""
+    first = next((axis for axis, size in enumerate(shape) if size > 1), len(shape))
+    return shape[first:] == sums[first:]
 
 
 class _Columns(NamedTuple):
@@ -209,9 +258,7 @@ def _columns(learned: Learned, sums: Axes, axes: Axes) -> _Columns | None:
     beta = torch.zeros_like(gamma) if beta is None else beta
     parts, shape = _dense(gamma, beta), tuple(gamma.shape)
     are_varied = varies(learned, axes)
-    first = next((axis for axis, size in enumerate(shape) if size > 1), len(shape))
-    # The columns of cells one after the other are the same again and again.
-    if parts is None or not (are_varied or shape[first:] == sums[first:]):
+    if parts is None or not (are_varied or _are_in_turn(shape, sums)):
         return None
     return _Columns(parts, shape, are_varied)
 

@@ -14,7 +14,7 @@ import torch
 from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.dtypes import statistics_dtype
 from keras_bn.kernels import generic
-from keras_bn.kernels.normalization import Plan
+from keras_bn.kernels.normalization import Plan, Whole
 from keras_bn.kernels.torch import compiled
 from keras_bn.kernels.torch.autograd import is_transformed
 from keras_bn.kernels.torch.sums import sum_over
@@ -46,10 +46,10 @@ def normalize(x: Tensor, learned: Learned, plan: Plan) -> Any:
 
 
 def gradients(
-    x: Tensor, dy: Tensor, learned: Learned, affine: Tensor, plan: Plan
+    x: Tensor, dy: Tensor, learned: Learned, whole: Whole, plan: Plan
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x and of what is learned, from what `normalize` gave."""
-    return compiled.gradients(x, dy, learned, affine, plan)
+    return compiled.gradients(x, dy, learned, whole, plan)
 
 
 def total(x: Tensor, weights: Tensor | None, axes: Axes) -> Tensor:
