@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 from keras import ops
+from keras.backend import standardize_dtype
 
 _MODULES = {"tensorflow": "tensorflow", "jax": "jax.numpy", "torch": "torch"}
 _name = _MODULES.get(keras.backend.backend())
@@ -23,5 +24,5 @@ isfinite = _own.math.is_finite if _name == "tensorflow" else _own.isfinite
 
 def cast(value: Any, dtype: str) -> Any:
     """Return a variable, or a tensor, as a tensor in a dtype."""
-    is_cast = isinstance(value, keras.Variable) and value.dtype == dtype
-    return value.value if is_cast else ops.cast(value, dtype)
+    value = value.value if isinstance(value, keras.Variable) else value
+    return value if standardize_dtype(value.dtype) == dtype else ops.cast(value, dtype)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_bn.core import native
 from keras_bn.core.estimators import (
     Correction,
     Limits,
@@ -156,7 +157,7 @@ class BatchRenormalization(BatchStatistics):
     def _corrector(self, dtype: str) -> Correction:
         kept = self._kept_moments(dtype)
         stddev_kept = self._stddev(kept.variance)
-        limits = Limits(*(ops.cast(limit, dtype) for limit in self.limits()))
+        limits = Limits(*(native.cast(limit, dtype) for limit in self.limits()))
         count = self._spread_count(self.moving_count, dtype)
         return Correction(kept.mean, stddev_kept, limits, self.epsilon, count)
 

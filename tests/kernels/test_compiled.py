@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from keras_bn.core.affine import Affine, Learned
+from keras_bn.core.estimators import Correction, Limits
 from keras_bn.core.pooling import Pooling, group_total
 from keras_bn.kernels import reference
 from keras_bn.kernels.compiled import library
@@ -27,6 +28,7 @@ import torch
 
 import keras_bn
 from keras_bn import kernels
+from keras_bn.kernels import torch as torch_kernel
 from keras_bn.kernels.normalization import Plan
 from keras_bn.kernels.torch import compiled, passes
 
@@ -170,6 +172,46 @@ def test_a_first_element_that_hardly_counts_may_lie_anywhere(axes):
     count = torch.from_numpy(np.asarray(exact.count, "float32"))
     _, _, m2 = compiled.moments(tensor(x), tensor(weights), count, axes)
     assert hard.share(m2.numpy() / exact.count - exact.variance, 8 * U * exact.variance) <= 1
+
+
+# A sum of weights is rounded to float32: what that is off by counts as far as the pivot is.
+@pytest.mark.parametrize("deviations", [2.5, 5.0, 60.0])
+def test_a_rounded_sum_of_weights_does_not_count_by_the_first_element(deviations):
+    rng = np.random.default_rng(0)
+    x, weights = rng.normal(0, 1, (901, 64)), rng.uniform(0.1, 2, (901, 64)).astype("float32")
+    x[0] = deviations
+    x = x.astype("float32")
+    exact = reference.moments(x, (0,), weights)
+    count = torch.from_numpy(np.asarray(exact.count, "float32"))
+    _, _, m2 = compiled.moments(tensor(x), tensor(weights), count, (0,))
+    assert hard.share(m2.numpy() / exact.count - exact.variance, 8 * U * exact.variance) <= 1
+
+
+LIMITS = {"none": (None, None, None), "some": (None, 1.5, 0.1), "all": (0.8, 1.2, 0.3)}
+
+
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
+@pytest.mark.parametrize("learned", [True, False], ids=["learned", "as it is"])
+@pytest.mark.parametrize("shape", [(700, 24), (8, 90, 24)], ids=["one batch", "ghosts"])
+def test_sets_are_corrected_as_the_core_corrects_them(shape, learned, limits):
+    rng = np.random.default_rng(0)
+    scales, means = rng.uniform(0.5, 3, 24), rng.normal(0, 9, 24)
+    x, dy = (tensor(rng.normal(means, scales, shape).astype("float32")) for _ in range(2))
+    ends = Limits(*(None if end is None else torch.tensor(end) for end in limits))
+    kept = [torch.from_numpy(rng.uniform(0.5, 2, (1,) * (x.ndim - 1) + (24,))) for _ in range(4)]
+    mean, stddev, gamma, beta = (part.float() for part in kept)
+    correct = Correction(mean, stddev, ends, 1e-3)
+    given = Learned(gamma, beta) if learned else Learned(None, None)
+    pooling = Pooling((x.ndim - 2,))
+    whole = Plan(pooling, 1e-3, "float32", correct)
+    results = []
+    for plan in (whole, whole._replace(correct=lambda batch: correct(batch))):
+        parts = [part.clone().requires_grad_() for part in (x, *given.given)]
+        y, _ = torch_kernel.normalize(parts[0], given.filled(parts[1:]), plan)
+        results.append([y.detach(), *torch.autograd.grad(y, parts, dy)])
+    assert passes.normalize(x, given, whole)[2].correction is not None
+    for found, wanted in zip(*results, strict=True):
+        assert torch.allclose(found, wanted, rtol=2e-5, atol=2e-5 * float(wanted.abs().max()))
 
 
 def test_what_is_small_may_be_broadcast():

@@ -322,7 +322,14 @@ SYNCHRONIZED = {
     ),
 }
 if IS_JAX:
-    FAULTS |= SYNCHRONIZED
+    FAULTS |= SYNCHRONIZED | {
+        "gradients of gamma and beta mistaken for each other": Fault(
+            "kernels/jax/compiled.py",
+            "found = [dx, columns[1], columns[0]][:half]",
+            "found = [dx, columns[0], columns[1]][:half]",
+            "tests/kernels/test_jax_compiled.py -k what_is_learned",
+        )
+    }
 
 # The replicas.
 REPLICAS = f"kernels/{BACKEND}/replicas.py"
@@ -351,6 +358,12 @@ if BACKEND == "torch":
             "if (job->together > 1) merge(job, from, to);",
             "",
             "tests/layers/test_groups.py",
+        ),
+        "d forgotten where sets are corrected": Fault(
+            f"{COMPILED}stages.h",
+            "job->level[i] * job->r[i] + job->d[i];",
+            "job->level[i] * job->r[i];",
+            f"{EVERYWHERE} -k are_corrected",
         ),
         "NaN under a 0 summed": Fault(
             f"{COMPILED}lines.h",
