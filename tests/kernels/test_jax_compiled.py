@@ -172,6 +172,30 @@ def test_an_export_holds_no_operation_of_ours():
     assert np.allclose(exported.call(x), called(x), atol=1e-5)
 
 
+# Where the type of an array tells how it lies on devices, what comes of it must tell that, too.
+@pytest.mark.parametrize("kind", [keras_bn.BatchNormalization, keras_bn.LayerNormalization])
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+def test_a_mesh_of_one_device_is_one_as_any(kind, axis_type):
+    layer, batch = kind(), jax.sharding.PartitionSpec("batch")
+    layer.build((8, 6, 16))
+    types = (getattr(jax.sharding.AxisType, axis_type),)
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=types)
+    x = jax.random.normal(jax.random.key(0), (8, 6, 16))
+    on_mesh = jax.device_put(x, jax.sharding.NamedSharding(mesh, batch))
+    trained = [weight.value for weight in layer.trainable_variables]
+    kept = [weight.value for weight in layer.non_trainable_variables]
+    use = {"training": True} if kind is keras_bn.BatchNormalization else {}
+
+    def gradient(x):
+        return jax.grad(lambda x: jnp.sin(layer.stateless_call(trained, kept, x, **use)[0]).sum())(
+            x
+        )
+
+    mapped = jax.shard_map(gradient, mesh=mesh, in_specs=batch, out_specs=batch)
+    for way in (jax.jit(mapped), jax.jit(gradient)):
+        assert np.allclose(way(on_mesh), gradient(x), atol=1e-4)
+
+
 UNSERVED = {
     "eight axes": lambda: jnp.zeros((1,) * 7 + (3,)),
     "whole numbers": lambda: jnp.zeros((4, 3), "int32"),

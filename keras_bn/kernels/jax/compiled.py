@@ -40,16 +40,18 @@ def _types() -> dict[str, int]:
     return {name: TYPES[name] for name in TYPES if name != "float16" or found.keras_bn_reads_half()}
 
 
-def serves(x: Tensor, dtype: str | None = None) -> bool:
-    """Say whether the passes take an array, of a known shape, where there is one CPU."""
-    is_known = all(isinstance(size, int) for size in x.shape)
+def serves(x: Tensor, *others: Tensor | None, dtype: str | None = None) -> bool:
+    """Say whether the passes take an array beside others, for a result of a dtype."""
+    given = [part for part in (x, *others) if part is not None]
     return (
         jax.default_backend() == "cpu"
         and jax.device_count() == 1
         and {str(x.dtype), dtype or str(x.dtype)} <= set(_types())
-        and is_known
+        and all(isinstance(size, int) for size in x.shape)
         and x.ndim <= _RANK
         and x.size > 0
+        # On a mesh, of one device too, the type of an array tells how it lies there.
+        and all(jax.typeof(part).sharding.mesh.empty for part in given)
     )
 
 
@@ -89,7 +91,9 @@ def normalize(
         varies(learned, plan.pooling.axes),
     )
     sums = _sums(how, x)
-    if not serves(x, plan.dtype) or not all(_is_in_turn(part, sums, how) for part in parts):
+    if not serves(x, *parts, dtype=plan.dtype) or not all(
+        _is_in_turn(part, sums, how) for part in parts
+    ):
         return None
     y, affine, rest = _normalized((plain, how), x, *parts)
     count = x.size // math.prod(sums) * how.together

@@ -36,7 +36,7 @@ def _moments(
     axes: tuple[int, ...], x: Tensor, weights: Tensor | None, count: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return pivot, offset and m2."""
-    if compiled.serves(x):
+    if compiled.serves(x, weights):
         counted = () if weights is None else (weights, count)
         pivot, offset, m2 = compiled.moments(_two_passes, x, axes, *counted)
     else:
