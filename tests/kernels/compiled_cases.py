@@ -33,6 +33,9 @@ CASES = {
 }
 every_case = pytest.mark.parametrize(("shape", "axes", "varied"), CASES.values(), ids=CASES)
 
+WEIGHTS = {"rows": (700, 1), "columns": (1, 96), "elements": (700, 96)}
+every_weight = pytest.mark.parametrize("sizes", WEIGHTS.values(), ids=WEIGHTS)
+
 
 def drawn(shape, axes, varied, mean=3.0, dtype="float32"):
     """Return x, dy, gamma and beta; x begins with an outlier in each set of its first row."""
@@ -67,3 +70,16 @@ def compare(found, x, dy, gamma, beta, axes, dtype):
     for found, exactly, size in zip((d_gamma, d_beta), wanted[1:], sizes, strict=True):
         error = found - exactly.sum(shared, keepdims=True)
         assert hard.share(error, size.sum(shared, keepdims=True)) <= 1
+
+
+def compare_weighted(moments, sizes, axes):
+    """Compare pivot, offset and m2 of x, weights and their sums with the reference."""
+    rng = np.random.default_rng(0)
+    weights = rng.integers(0, 3, sizes).astype("float32") / 2
+    x = rng.normal(50, 1, (700, 96)).astype("float32")
+    exact = reference.moments(x, axes, weights)
+    x[np.broadcast_to(weights == 0, x.shape)] = np.nan
+    pivot, offset, m2 = moments(x, weights, np.asarray(exact.count, "float32"))
+    assert hard.share(m2 / np.maximum(exact.count, 1) - exact.variance, 8 * U) <= 1
+    bound = U * np.abs(exact.mean) + 8 * U
+    assert hard.share(pivot + offset - exact.mean, bound) <= 1

@@ -17,7 +17,14 @@ from keras_bn.core.pooling import Pooling, group_total
 from keras_bn.kernels import reference
 from keras_bn.kernels.compiled import library
 from tests.kernels import hard
-from tests.kernels.compiled_cases import CASES, compare, drawn, every_case
+from tests.kernels.compiled_cases import (
+    CASES,
+    compare,
+    compare_weighted,
+    drawn,
+    every_case,
+    every_weight,
+)
 
 if keras.backend.backend() != "torch":
     pytest.skip("the passes serve PyTorch", allow_module_level=True)
@@ -144,22 +151,14 @@ def test_groups_are_merged_as_the_core_merges_them(shape, axis):
     assert hard.share(found - z, hard.output_bound(z, exact, U)) <= 1
 
 
-WEIGHTS = {"rows": (700, 1), "columns": (1, 96), "elements": (700, 96)}
-
-
 @pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)], ids=str)
-@pytest.mark.parametrize("sizes", WEIGHTS.values(), ids=WEIGHTS)
+@every_weight
 def test_weights_count_and_what_lies_under_a_0_does_not(axes, sizes):
-    rng = np.random.default_rng(0)
-    weights = rng.integers(0, 3, sizes).astype("float32") / 2
-    x = rng.normal(50, 1, (700, 96)).astype("float32")
-    exact = reference.moments(x, axes, weights)
-    x[np.broadcast_to(weights == 0, x.shape)] = np.nan
-    count = torch.from_numpy(np.asarray(exact.count, "float32"))
-    pivot, offset, m2 = compiled.moments(tensor(x), tensor(weights), count, axes)
-    assert hard.share(m2.numpy() / np.maximum(exact.count, 1) - exact.variance, 8 * U) <= 1
-    bound = U * np.abs(exact.mean) + 8 * U
-    assert hard.share(pivot.numpy() + offset.numpy() - exact.mean, bound) <= 1
+    def moments(x, weights, count):
+        found = compiled.moments(tensor(x), tensor(weights), torch.from_numpy(count), axes)
+        return [part.numpy() for part in found]
+
+    compare_weighted(moments, sizes, axes)
 
 
 @pytest.mark.parametrize("axes", [(0,), (1,)], ids=str)

@@ -11,7 +11,15 @@ from keras_bn.core.pooling import Pooling, group_total
 from keras_bn.kernels import reference
 from keras_bn.kernels.compiled import library
 from tests.kernels import hard
-from tests.kernels.compiled_cases import CASES, U, compare, drawn, every_case
+from tests.kernels.compiled_cases import (
+    CASES,
+    U,
+    compare,
+    compare_weighted,
+    drawn,
+    every_case,
+    every_weight,
+)
 
 if keras.backend.backend() != "jax":
     pytest.skip("operations of JAX", allow_module_level=True)
@@ -81,23 +89,15 @@ def test_groups_are_merged_as_the_core_merges_them(axis):
     assert hard.share(found - z, hard.output_bound(z, exact, U)) <= 1
 
 
-WEIGHTS = {"rows": (700, 1), "columns": (1, 96), "elements": (700, 96)}
-
-
 @pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)], ids=str)
-@pytest.mark.parametrize("sizes", WEIGHTS.values(), ids=WEIGHTS)
+@every_weight
 def test_weights_count_and_what_lies_under_a_0_does_not(axes, sizes):
-    rng = np.random.default_rng(0)
-    weights = rng.integers(0, 3, sizes).astype("float32") / 2
-    x = rng.normal(50, 1, (700, 96)).astype("float32")
-    exact = reference.moments(x, axes, weights)
-    x[np.broadcast_to(weights == 0, x.shape)] = np.nan
-    moments = jax.jit(lambda x, w: kernels.moments(x, axes, w)[1:])
-    assert CALL.findall(moments.lower(x, weights).as_text()) == ["moments"]
-    pivot, offset, m2 = map(np.asarray, moments(x, weights))
-    assert hard.share(m2 / np.maximum(exact.count, 1) - exact.variance, 8 * U) <= 1
-    bound = U * np.abs(exact.mean) + 8 * U
-    assert hard.share(pivot + offset - exact.mean, bound) <= 1
+    def moments(x, weights, _):
+        function = jax.jit(lambda x, w: kernels.moments(x, axes, w)[1:])
+        assert CALL.findall(function.lower(x, weights).as_text()) == ["moments"]
+        return [np.asarray(part) for part in function(x, weights)]
+
+    compare_weighted(moments, sizes, axes)
 
 
 # Each differentiates another way: the first three by rules of ours, the last two by JAX's.
