@@ -1,9 +1,6 @@
 """The passes in C beside the float64 reference: any layout, dtype and number of threads."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import keras
@@ -251,16 +248,3 @@ def test_what_is_traced_depends_on_its_input():
 def test_a_built_package_has_the_passes_wherever_there_is_a_compiler():
     folder = Path(compiled.__file__).parents[1] / "compiled"
     assert bool(list(folder.glob("passes.*.so"))) >= bool(shutil.which("cc"))
-
-
-# The plain paths of the other machines, held to the same contract.
-PLAIN = "tests/kernels/test_contract.py tests/layers/test_columns.py tests/layers/test_rows.py"
-
-
-def test_layers_are_as_right_without_the_passes():
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-k", "not compile and not generic"]
-    command = [sys.executable, "-m", "pytest", *options, *PLAIN.split()]
-    environment = os.environ | {"KERAS_BN_KERNELS": "uncompiled"}
-    folder = Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
