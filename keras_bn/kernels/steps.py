@@ -122,16 +122,11 @@ class Kernel:
         def backward(inputs: Any, seen: Any, grads: Any) -> Any:
             (x, *given), (dy,) = inputs, grads
             parts = learned.filled(given)
-            if isinstance(seen, Whole):
-                found: Tensors | None = passes.gradients(x, dy, parts, seen, plan)
-                if found is not None:
-                    pairs = zip(found[1:], parts.given, strict=True)
-                    return found[0], *(_folded(own, part) for own, part in pairs)
-                affine = Affine(*(seen.affine[part] for part in range(3)))
-                affine = affine if plan.pooling.is_centered else uncentered(affine)
-                count = passes.number(x, axes) * (plan.pooling.together or 1)
-                seen = Seen(count, affine, seen.correction)
-            return _gradients(passes, x, dy, parts, seen, plan)
+            found = passes.gradients(x, dy, parts, seen, plan) if isinstance(seen, Whole) else None
+            if found is None:
+                return _gradients(passes, x, dy, parts, _seen_of(seen, passes, x, plan), plan)
+            pairs = zip(found[1:], parts.given, strict=True)
+            return found[0], *(_folded(own, part) for own, part in pairs)
 
         def plain(inputs: Any, seen: Any) -> Any:
             is_fixed = seen is not None and plan.correct is not None
@@ -149,6 +144,16 @@ class Kernel:
         """Return what one pass makes of all; None where there is none, or more to do."""
         find = getattr(self._passes, "normalize", None)
         return find(x, learned, plan) if find is not None and plan.is_simple else None
+
+
+def _seen_of(seen: Seen | Whole, passes: Any, x: Tensor, plan: Plan) -> Seen:
+    """Return what `_gradients` needs."""
+    if isinstance(seen, Seen):
+        return seen
+    affine = Affine(*(seen.affine[part] for part in range(3)))
+    affine = affine if plan.pooling.is_centered else uncentered(affine)
+    count = passes.number(x, plan.pooling.axes) * (plan.pooling.together or 1)
+    return Seen(count, affine, seen.correction)
 
 
 class _Forward(NamedTuple):

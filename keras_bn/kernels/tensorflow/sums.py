@@ -44,17 +44,7 @@ def squares_over(x: Tensor, axes: Axes) -> Tensor:
 
 def sum_in_short_blocks(x: Tensor, axes: Axes) -> Tensor:
     """Sum as `sum_over`, right to the bound of a variance: deviations and their squares alike."""
-    if not is_for_xla():
-        return _in_blocks(_sums, x, axes)
-    return _in_blocks(_sums, _halved(x, axes), axes, _SHORT)
-
-
-def _halved(x: Tensor, axes: Axes) -> Tensor:
-    """Add the halves of rows of which each half is one block; others stay."""
-    size = x.shape[-1]
-    if axes != (len(x.shape) - 1,) or size is None or not _SHORT < size <= 2 * _SHORT or size % 2:
-        return x
-    return x[..., : size // 2] + x[..., size // 2 :]
+    return _in_blocks(_sums, x, axes, _SHORT if is_for_xla() else _BLOCK)
 
 
 def made_and_summed(x: Tensor, axes: Axes) -> Tensor:
