@@ -17,7 +17,6 @@ from keras_bn.core.estimators import Corrector
 from keras_bn.core.moments import Moments
 from keras_bn.core.pooling import Pooling
 from keras_bn.kernels import generic, normalization
-from keras_bn.kernels.compiled import library
 from keras_bn.kernels.normalization import Plan
 from keras_bn.types import Tensor
 
@@ -100,7 +99,7 @@ def normalize(
 def for_each(part: Tensor, number: Tensor) -> Tensor:
     """Return what is learned, with a second axis in front of its own, of so many sets or of 1."""
     # XLA sums the gradient along the first axis, but hardly along a second one.
-    if _backend == "torch" or (_backend == "jax" and library() is not None):
+    if _backend == "torch" or (hasattr(_kernel, "has_passes") and _kernel.has_passes()):
         return part[None]
     return ops.broadcast_to(part, (number, *ops.shape(part)[1:]))[None]
 

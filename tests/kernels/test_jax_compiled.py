@@ -42,7 +42,7 @@ def in_plain(monkeypatch):
     """Switch the operations off from here on."""
 
     def switch():
-        monkeypatch.setattr(compiled, "serves", lambda *_: False)
+        monkeypatch.setattr(compiled, "serves", lambda *_, **__: False)
 
     return switch
 

@@ -12,7 +12,9 @@ from keras_bn.kernels.jax.parts import apply, moments
 from keras_bn.kernels.normalization import Plan
 from keras_bn.types import Tensor
 
-__all__ = ["apply", "moments", "normalize"]
+__all__ = ["apply", "has_passes", "moments", "normalize"]
+
+has_passes = compiled.has_passes
 
 
 def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments]:

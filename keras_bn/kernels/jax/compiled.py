@@ -40,12 +40,16 @@ def _types() -> dict[str, int]:
     return {name: TYPES[name] for name in TYPES if name != "float16" or found.keras_bn_reads_half()}
 
 
+def has_passes() -> bool:
+    """Say whether there are passes for where the arrays are: one CPU."""
+    return jax.default_backend() == "cpu" and jax.device_count() == 1 and bool(_types())
+
+
 def serves(x: Tensor, *others: Tensor | None, dtype: str | None = None) -> bool:
     """Say whether the passes take an array beside others, for a result of a dtype."""
     given = [part for part in (x, *others) if part is not None]
     return (
-        jax.default_backend() == "cpu"
-        and jax.device_count() == 1
+        has_passes()
         and {str(x.dtype), dtype or str(x.dtype)} <= set(_types())
         and all(isinstance(size, int) for size in x.shape)
         and x.ndim <= _RANK
