@@ -44,7 +44,7 @@ def operation(
         name: Its name.
         plain: Gives its results in plain JAX.
         results: Gives shapes and dtypes of the results.
-        lower: Gives operands and attributes of the custom call on the CPU; None for none.
+        lower: Gives the attributes of the custom call on the CPU; None where there is no such call.
     """
     primitive = Primitive(f"keras_bn_{name}")
     primitive.multiple_results = True
