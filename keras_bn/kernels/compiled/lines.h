@@ -113,7 +113,12 @@ typedef struct {
     __builtin_shufflevector(values, values, from, (from) + 1, (from) + 2, (from) + 3,     \
                             (from) + 4, (from) + 5, (from) + 6, (from) + 7)
 #else
-#define EIGHT(values, from) (*(const Eight *)((const float *)&(values) + (from)))
+#define EIGHT(values, from) eight_of(values, from)
+INLINED Eight eight_of(Floats values, int from) {
+    Eight part;
+    memcpy(&part, (const char *)&values + from * sizeof(float), sizeof part);
+    return part;
+}
 #endif
 
 INLINED void add(Total *total, Floats values) {
