@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     options = parser.parse_args()
     kept = "kept" if "MALLOC_TRIM_THRESHOLD_" in os.environ else "given back to the system"
-    passes = "with" if library() is not None and BACKEND == "torch" else "without"
+    passes = "with" if library() is not None else "without"
     print(f"{heading()}; {passes} passes in C; freed memory is {kept}", flush=True)
     found = []
     for case in cases():
