@@ -32,7 +32,6 @@ import jax.numpy as jnp
 import keras_bn
 from keras_bn import kernels
 from keras_bn.kernels.jax import compiled
-from keras_bn.kernels.normalization import Plan
 
 CALL = re.compile(r"custom_call @keras_bn_(\w+)")
 
@@ -80,8 +79,8 @@ def test_groups_are_merged_as_the_core_merges_them(axis):
     x = rng.normal(rng.normal(0, 30, 24), 1, (6, 130, 24)).astype("float32")
     x = x if axis == 2 else np.moveaxis(x, 2, 1).copy()
     pooling = Pooling((3 - axis,), None, group_total(axis, 24, 4), 6, are_neighbours=True)
-    plan = Plan(pooling, 1e-3, "float32")
-    found = jax.jit(lambda x: kernels.normalize(x, pooling, Learned(None, None), *plan[1:3])[0])(x)
+    given = (pooling, Learned(None, None), 1e-3, "float32")
+    found = jax.jit(lambda x: kernels.normalize(x, *given)[0])(x)
     groups = np.moveaxis(x, axis, 1).reshape(len(x), 4, -1)
     exact = reference.moments(groups, (2,))
     z = reference.normalize(groups, (2,), epsilon=1e-3)
@@ -100,7 +99,7 @@ def test_weights_count_and_what_lies_under_a_0_does_not(axes, sizes):
     compare_weighted(moments, sizes, axes)
 
 
-# Each differentiates another way: the first three by rules of ours, the last two by JAX's.
+# Each goes through other rules of the operations.
 DERIVATIVES = {
     "forward": lambda f, x, v: jax.jvp(f, (x,), (v,))[1],
     "forward over reverse": lambda f, x, v: jax.jvp(jax.grad(f), (x,), (v,))[1],
@@ -125,9 +124,7 @@ LAYERS = {
 @pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
 @pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
 @pytest.mark.parametrize(("kind", "options", "use"), LAYERS.values(), ids=LAYERS)
-def test_derivatives_are_those_of_the_plain_kernels(
-    kind, options, use, derivative, jit, in_plain, monkeypatch
-):
+def test_derivatives_are_those_of_the_plain_kernels(kind, options, use, derivative, jit, in_plain):
     layer, rng = kind(**options), np.random.default_rng(0)
     layer.build((6, 5, 16))
     x, v, w = (jnp.asarray(rng.normal(0.5, 1, (6, 5, 16)), "float32") for _ in range(3))
@@ -213,7 +210,7 @@ def test_float64_is_not_served():
         assert not compiled.serves(jnp.zeros((4, 3), "float64"))
 
 
-def test_no_memory_is_an_error(monkeypatch):
+def test_no_memory_is_an_error():
     shape = CASES["images"][0]
     x, cells = jnp.zeros(shape), 2**60
     numbers = [4, 0, 0, cells, 1, 1, 1, 0, 0, 0, 1]

@@ -116,6 +116,22 @@ def dims(
     return (ctypes.c_int64 * len(rows))(*rows)
 
 
+def are_in_turn(columns: Any, sums: Any) -> bool:
+    """Say whether the columns of cells one after the other are the same again and again.
+
+    The passes take gamma and beta, where they do not vary within a set, only so.
+
+    Args:
+        columns: Shape of what there is for each column.
+        sums: Shape of what there is for each cell.
+
+    Returns:
+        Whether cell i has column i mod their number.
+    """
+    first = next((axis for axis, size in enumerate(columns) if size != 1), len(columns))
+    return tuple(columns)[first:] == tuple(sums)[first:]
+
+
 def strides(sizes: Shape) -> Shape:
     """Return the strides of a dense array [elements], 0 where it is broadcast."""
     steps = [*accumulate(reversed(sizes[1:]), mul, initial=1)][::-1]

@@ -17,7 +17,7 @@ from jax.interpreters import ad
 
 from keras_bn.core.affine import Learned
 from keras_bn.core.moments import Moments
-from keras_bn.kernels.compiled import TYPES, dims, library, strides
+from keras_bn.kernels.compiled import TYPES, are_in_turn, dims, library, strides
 from keras_bn.kernels.jax.operation import How, operation
 from keras_bn.kernels.normalization import Plan, varies
 from keras_bn.types import Tensor
@@ -29,20 +29,20 @@ _RANK = 7
 
 
 @functools.cache
-def _types() -> dict[str, int]:
-    """Return the numbers of the dtypes that the passes take; none where there is no library."""
+def _dtypes() -> frozenset[str]:
+    """Return the dtypes that the passes take; none where there is no library."""
     found = library()
     if found is None:
-        return {}
+        return frozenset()
     for name in ("moments", "normalize", "gradients"):
         target = jax.ffi.pycapsule(getattr(found, f"keras_bn_xla_{name}"))
         jax.ffi.register_ffi_target(f"keras_bn_{name}", target, platform="cpu")
-    return {name: TYPES[name] for name in TYPES if name != "float16" or found.keras_bn_reads_half()}
+    return frozenset(TYPES if found.keras_bn_reads_half() else TYPES.keys() - {"float16"})
 
 
 def has_passes() -> bool:
     """Say whether there are passes for where the arrays are: one CPU."""
-    return jax.default_backend() == "cpu" and jax.device_count() == 1 and bool(_types())
+    return jax.default_backend() == "cpu" and jax.device_count() == 1 and bool(_dtypes())
 
 
 def serves(x: Tensor, *others: Tensor | None, dtype: str | None = None) -> bool:
@@ -50,7 +50,7 @@ def serves(x: Tensor, *others: Tensor | None, dtype: str | None = None) -> bool:
     given = [part for part in (x, *others) if part is not None]
     return (
         has_passes()
-        and {str(x.dtype), dtype or str(x.dtype)} <= set(_types())
+        and {str(x.dtype), dtype or str(x.dtype)} <= _dtypes()
         and all(isinstance(size, int) for size in x.shape)
         and x.ndim <= _RANK
         and x.size > 0
@@ -96,7 +96,7 @@ def normalize(
     )
     sums = _sums(how, x)
     if not serves(x, *parts, dtype=plan.dtype) or not all(
-        _is_in_turn(part, sums, how) for part in parts
+        _is_taken(part, sums, how) for part in parts
     ):
         return None
     y, affine, rest = _normalized((plain, how), x, *parts)
@@ -114,10 +114,9 @@ def _filled(learned: Learned) -> list[Tensor]:
     return [gamma, jnp.zeros_like(gamma) if beta is None else beta]
 
 
-def _is_in_turn(part: Tensor, sums: Axes, how: How) -> bool:
-    """Say whether the columns of cells one after the other are the same again and again."""
-    first = next((axis for axis, size in enumerate(part.shape) if size > 1), part.ndim)
-    return part.dtype == jnp.float32 and (how.varies or part.shape[first:] == sums[first:])
+def _is_taken(part: Tensor, sums: Axes, how: How) -> bool:
+    """Say whether the passes take gamma or beta."""
+    return part.dtype == jnp.float32 and (how.varies or are_in_turn(part.shape, sums))
 
 
 # The derivative is linear in the movements of x, gamma and beta, and is an operation of its own:

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_bn.core.affine import Affine, Learned
 from keras_bn.core.moments import Moments
-from keras_bn.kernels.compiled import TYPES, place
+from keras_bn.kernels.compiled import TYPES, are_in_turn, place
 from keras_bn.kernels.normalization import Plan, Whole, varies
 from keras_bn.kernels.tensorflow.tracing import (
     is_for_each_of_many,
@@ -178,8 +178,6 @@ def _filled(learned: Learned, sums: Any, plan: Plan) -> list[Tensor] | None:
     gamma = tf.ones_like(beta) if gamma is None else gamma
     beta = tf.zeros_like(gamma) if beta is None else beta
     shape = gamma.shape.as_list()
-    first = next((axis for axis, size in enumerate(shape) if size != 1), len(shape))
     is_whole = None not in shape and gamma.dtype == tf.float32
-    # The columns of cells one after the other are the same again and again.
-    is_in_turn = varies(learned, plan.pooling.axes) or shape[first:] == list(sums)[first:]
+    is_in_turn = varies(learned, plan.pooling.axes) or are_in_turn(shape, sums)
     return [gamma, beta] if is_whole and is_in_turn else None

@@ -12,7 +12,7 @@ from torch._C import (  # nothing public says who looks at the operations of a p
 
 from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.moments import Moments
-from keras_bn.kernels.compiled import TYPES, dims, library
+from keras_bn.kernels.compiled import TYPES, are_in_turn, dims, library
 from keras_bn.kernels.normalization import Plan, Whole, varies
 from keras_bn.types import Tensor
 
@@ -222,17 +222,11 @@ def _kept(plan: Plan, sums: Axes) -> _Kept | None:
         return _Kept(None, 0, None)
     parts = _dense(correct.mean, correct.stddev)
     shape = tuple(correct.mean.shape)
-    if parts is None or correct.count_kept is not None or not _are_in_turn(shape, sums):
+    if parts is None or correct.count_kept is not None or not are_in_turn(shape, sums):
         return None
     ends = zip(correct.limits, (-math.inf, math.inf, math.inf), strict=True)
     limits = (ctypes.c_double * 3)(*(far if end is None else float(end) for end, far in ends))
     return _Kept(torch.stack(parts), math.prod(shape), limits)
-
-
-def _are_in_turn(shape: Axes, sums: Axes) -> bool:
-    """Say whether the columns of cells one after the other are the same again and again."""
-    first = next((axis for axis, size in enumerate(shape) if size > 1), len(shape))
-    return shape[first:] == sums[first:]
 
 
 class _Columns(NamedTuple):
@@ -258,7 +252,7 @@ def _columns(learned: Learned, sums: Axes, axes: Axes) -> _Columns | None:
     beta = torch.zeros_like(gamma) if beta is None else beta
     parts, shape = _dense(gamma, beta), tuple(gamma.shape)
     are_varied = varies(learned, axes)
-    if parts is None or not (are_varied or _are_in_turn(shape, sums)):
+    if parts is None or not (are_varied or are_in_turn(shape, sums)):
         return None
     return _Columns(parts, shape, are_varied)
 
