@@ -14,8 +14,10 @@ from typing import Any
 
 from keras_bn.types import Shape
 
-# How passes.c numbers dtypes.
+# How calls.h numbers dtypes.
 TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+# The passes have room for so many axes, and one of their own.
+RANK = 7
 
 _INT, _LONG, _REAL, _DATA = ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _NEST, _BIG = [_INT, _DATA], [_DATA, _INT]
@@ -83,6 +85,47 @@ def library() -> ctypes.CDLL | None:
     if all(hasattr(process, name) for name in names):
         loaded.keras_bn_threads(*(ctypes.cast(getattr(process, name), _DATA) for name in names))
     return loaded
+
+
+@cache
+def xla_calls() -> dict[str, Any]:
+    """Return the passes as custom calls of XLA, by name; none where there is no library."""
+    loaded = library()
+    names = ("moments", "products", "map", "combined", "normalize", "gradients")
+    return {f"keras_bn_{name}": getattr(loaded, f"keras_bn_xla_{name}") for name in names if loaded}
+
+
+@cache
+def call_types() -> frozenset[str]:
+    """Return the dtypes that these take."""
+    loaded = library()
+    if loaded is None:
+        return frozenset()
+    return frozenset(TYPES if loaded.keras_bn_reads_half() else TYPES.keys() - {"float16"})
+
+
+def numbers(
+    axes: Shape,
+    together: int = 1,
+    is_centered: bool = True,
+    *,
+    is_given: bool = False,
+    varies: bool = False,
+    is_training: bool = True,
+) -> list[int]:
+    """Return what a custom call does, beside its operands, as xla_calls.c reads it.
+
+    Args:
+        axes: Summed over.
+        together: How many neighbouring cells make a set.
+        is_centered: Whether moments are about the mean.
+        is_given: Whether gamma is, or the weights are.
+        varies: Whether gamma varies within a set.
+        is_training: Whether so many tensors are at work that no cache holds the result.
+    """
+    mask = sum(1 << axis for axis in axes)
+    options = (is_centered, is_given, varies, is_training)
+    return [mask, together, *map(int, options), os.cpu_count() or 1]
 
 
 @lru_cache(maxsize=4096)

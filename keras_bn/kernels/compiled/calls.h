@@ -10,6 +10,18 @@
 
 #include <stdint.h>
 
+/* Dtypes and their bytes; how many axes a tensor may have. */
+enum { FLOAT, BFLOAT, HALF };
+static const int64_t WIDTH[] = {4, 2, 2};
+enum { RANK = 8 };
+
+/* What an operand is: of the tensor's size, or small: weights, what there is for each sum (`CELL`),
+   and what is learned, gamma and beta (`COLUMN`). */
+enum { X, DY, Y, WEIGHT, CELL, COLUMN, OPERANDS };
+
+/* Tell the XLA of this process of the passes, if there is one that says where. */
+void keras_bn_register_calls(void);
+
 /* Say whether the passes know float16. */
 int keras_bn_reads_half(void);
 

@@ -8,6 +8,7 @@
 
 #include <string.h>
 
+#include "calls.h"
 #include "nest.h"
 
 #ifdef __SSE2__
@@ -17,9 +18,6 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi" /* nothing here is called from outside */
 #endif
-
-enum { FLOAT, BFLOAT, HALF };
-static const int64_t WIDTH[] = {4, 2, 2};
 
 /* How an operand lies along a line. */
 enum { ABSENT, ONE, MANY };

@@ -8,15 +8,11 @@
 #ifndef KERAS_BN_NEST_H
 #define KERAS_BN_NEST_H
 
-#include <stdint.h>
+#include "calls.h"
 
 #define INLINED static inline __attribute__((always_inline))
 
-enum { RANK = 8, LINE = 1024 };
-
-/* What an operand is: of the tensor's size, or small: weights, what there is for each sum (`CELL`),
-   and what is learned, gamma and beta (`COLUMN`). */
-enum { X, DY, Y, WEIGHT, CELL, COLUMN, OPERANDS };
+enum { LINE = 1024 };
 
 typedef struct {
     int rank;

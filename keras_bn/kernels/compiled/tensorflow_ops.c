@@ -3,7 +3,12 @@
    They are registered when `tf.load_op_library` loads this library. What is declared here is
    tensorflow/c/ops.h, kernels.h and tf_tensor.h, of which only this much is needed; it is stable. */
 
-#include "passes.c"
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "calls.h"
+#include "shape.h"
 
 /* The operations promise float16; without it there shall be none, as without a compiler. */
 #ifndef __FLT16_MAX__
@@ -55,6 +60,7 @@ extern void TF_OpKernelConstruction_GetAttrType(TF_OpKernelConstruction *, const
                                                 TF_Status *);
 extern void TF_OpKernelConstruction_Failure(TF_OpKernelConstruction *, TF_Status *);
 extern void TF_OpKernelContext_Failure(TF_OpKernelContext *, TF_Status *);
+extern int TF_NumInputs(TF_OpKernelContext *);
 extern void TF_GetInput(TF_OpKernelContext *, int, TF_Tensor **, TF_Status *);
 extern TF_Tensor *TF_AllocateOutput(TF_OpKernelContext *, int, int dtype, const int64_t *dims,
                                     int rank, size_t bytes, TF_Status *);
@@ -70,10 +76,10 @@ static const int DTYPES[] = {1, 14, 19};
 enum { BAD_ARGUMENT = 3, INTERNAL = 13, MOST_INPUTS = 7 };
 
 typedef struct {
-    int64_t axes[RANK], together, threads;
-    int number, type;
+    int64_t mask, together, threads;
+    int type;
     float epsilon;
-    unsigned char is_centered, is_learned, is_weighted, varies;
+    unsigned char is_centered, varies;
 } Options;
 
 static int of_dtype(int dtype) {
@@ -85,18 +91,17 @@ static int of_dtype(int dtype) {
 static void *create(TF_OpKernelConstruction *construction) {
     TF_Status *status = TF_NewStatus();
     Options *options = calloc(1, sizeof *options);
-    int32_t bytes;
-    TF_OpKernelConstruction_GetAttrSize(construction, "axes", &options->number, &bytes, status);
-    if (options->number > RANK) TF_SetStatus(status, BAD_ARGUMENT, "too many axes");
+    int64_t axes[RANK];
+    int32_t number, bytes;
+    TF_OpKernelConstruction_GetAttrSize(construction, "axes", &number, &bytes, status);
+    if (number > RANK) TF_SetStatus(status, BAD_ARGUMENT, "too many axes");
     if (!TF_GetCode(status))
-        TF_OpKernelConstruction_GetAttrInt64List(construction, "axes", options->axes,
-                                                 options->number, status);
+        TF_OpKernelConstruction_GetAttrInt64List(construction, "axes", axes, number, status);
+    for (int i = 0; i < number && !TF_GetCode(status); i++) options->mask |= (int64_t)1 << axes[i];
     TF_OpKernelConstruction_GetAttrInt64(construction, "together", &options->together, status);
     TF_OpKernelConstruction_GetAttrInt64(construction, "threads", &options->threads, status);
     TF_OpKernelConstruction_GetAttrFloat(construction, "epsilon", &options->epsilon, status);
     TF_OpKernelConstruction_GetAttrBool(construction, "is_centered", &options->is_centered, status);
-    TF_OpKernelConstruction_GetAttrBool(construction, "is_learned", &options->is_learned, status);
-    TF_OpKernelConstruction_GetAttrBool(construction, "is_weighted", &options->is_weighted, status);
     TF_OpKernelConstruction_GetAttrBool(construction, "varies", &options->varies, status);
     TF_OpKernelConstruction_GetAttrType(construction, "U", &options->type, status);
     if (TF_GetCode(status)) TF_OpKernelConstruction_Failure(construction, status);
@@ -104,43 +109,20 @@ static void *create(TF_OpKernelConstruction *construction) {
     return options;
 }
 
-/* The shape of a tensor, and what the passes want to know of it. */
-typedef struct {
-    int rank;
-    int64_t size[RANK], sums[RANK + 1], columns[RANK + 1], elements, cells, number;
-    int64_t dims[(OPERANDS + 1) * RANK];
-} Shape;
-
-static void write_strides(int64_t *strides, const int64_t *size, int rank) {
-    int64_t step = 1;
-    for (int i = rank - 1; i >= 0; step *= size[i--]) strides[i] = size[i] == 1 ? 0 : step;
+static void read_sizes(const TF_Tensor *tensor, int64_t *size) {
+    for (int i = 0; i < TF_NumDims(tensor); i++) size[i] = TF_Dim(tensor, i);
 }
 
-/* What there is for each cell has the shape of `cells`; without it, axes are summed over. */
-static Shape shape_of(const Options *options, const TF_Tensor *x, const TF_Tensor *gamma,
-                      const TF_Tensor *weights, const TF_Tensor *cells) {
-    Shape shape = {TF_NumDims(x), {0}, {0}, {0}, 1, 1, 1, {0}};
-    int rank = shape.rank;
-    int64_t counted[RANK];
-    for (int i = 0; i < rank; i++) {
-        shape.size[i] = TF_Dim(x, i);
-        shape.sums[i + 1] = TF_Dim(cells ? cells : x, i);
-        shape.columns[i + 1] = options->is_learned ? TF_Dim(gamma, i) : 1;
-        counted[i] = options->is_weighted ? TF_Dim(weights, i) : 1;
-        shape.elements *= shape.size[i];
-    }
-    for (int i = 0; i < options->number; i++) shape.sums[options->axes[i] + 1] = 1;
-    for (int i = 1; i <= rank; i++)
-        shape.cells *= shape.sums[i], shape.number *= shape.columns[i];
-    memcpy(shape.dims, shape.size, rank * sizeof(int64_t));
-    for (int o = X; o <= Y; o++) {
-        int64_t step = 1;
-        for (int i = rank - 1; i >= 0; step *= shape.size[i--]) shape.dims[(o + 1) * rank + i] = step;
-    }
-    write_strides(shape.dims + (WEIGHT + 1) * rank, counted, rank);
-    write_strides(shape.dims + (CELL + 1) * rank, shape.sums + 1, rank);
-    write_strides(shape.dims + (COLUMN + 1) * rank, shape.columns + 1, rank);
-    return shape;
+/* Without what there is for each cell, axes are summed over. */
+static Shape shape_with(const Options *options, const TF_Tensor *x, const TF_Tensor *gamma,
+                        const TF_Tensor *weights, const TF_Tensor *cells) {
+    int64_t size[RANK], cell[RANK], column[RANK], weight[RANK];
+    read_sizes(x, size);
+    if (cells) read_sizes(cells, cell);
+    if (gamma) read_sizes(gamma, column);
+    if (weights) read_sizes(weights, weight);
+    return shape_of(TF_NumDims(x), size, cells ? cell : NULL, gamma ? column : NULL,
+                    weights ? weight : NULL, options->mask);
 }
 
 /* Allocate so many parts of what there is for each cell or column. */
@@ -159,9 +141,9 @@ typedef struct {
     TF_Tensor *inputs[MOST_INPUTS], *outputs[3];
 } Call;
 
-static Call call_of(TF_OpKernelContext *context, int number) {
+static Call call_of(TF_OpKernelContext *context) {
     Call call = {context, TF_NewStatus(), {NULL}, {NULL}};
-    for (int i = 0; i < number && !TF_GetCode(call.status); i++)
+    for (int i = 0; i < TF_NumInputs(context) && i < MOST_INPUTS && !TF_GetCode(call.status); i++)
         TF_GetInput(context, i, &call.inputs[i], call.status);
     if (!TF_GetCode(call.status) && TF_NumDims(call.inputs[0]) > RANK)
         TF_SetStatus(call.status, BAD_ARGUMENT, "too many axes");
@@ -186,17 +168,17 @@ static char *like_input(Call *call, const Shape *shape, int type) {
     return TF_GetCode(call->status) ? NULL : TF_TensorData(call->outputs[0]);
 }
 
-static void *data_of(const Call *call, int input, int is_given) {
-    return is_given ? TF_TensorData(call->inputs[input]) : NULL;
+static void *data_of(const Call *call, int input) {
+    return call->inputs[input] ? TF_TensorData(call->inputs[input]) : NULL;
 }
 
 static void normalize(void *kernel, TF_OpKernelContext *context) {
     const Options *options = kernel;
-    Call call = call_of(context, 3);
+    Call call = call_of(context);
     int is_done = 0;
     if (!TF_GetCode(call.status)) {
         TF_Tensor *x = call.inputs[0];
-        Shape shape = shape_of(options, x, call.inputs[1], NULL, NULL);
+        Shape shape = shape_with(options, x, call.inputs[1], NULL, NULL);
         int type = of_dtype(options->type);
         char *y = like_input(&call, &shape, type);
         float *affine = parts_of(context, 1, 3, shape.sums, shape.rank, shape.cells,
@@ -207,8 +189,8 @@ static void normalize(void *kernel, TF_OpKernelContext *context) {
         if (!TF_GetCode(call.status) && !is_done)
             is_done = keras_bn_normalize(
                 shape.rank, shape.dims, TF_TensorData(x), of_dtype(TF_TensorType(x)),
-                y, type, data_of(&call, 1, options->is_learned),
-                data_of(&call, 2, options->is_learned), options->varies,
+                y, type, data_of(&call, 1),
+                data_of(&call, 2), options->varies,
                 (double)shape.elements / shape.cells, options->together, options->epsilon,
                 options->is_centered, shape.cells, shape.number, affine, rest, NULL, 0, NULL, NULL,
                 1, (int)options->threads);
@@ -218,11 +200,11 @@ static void normalize(void *kernel, TF_OpKernelContext *context) {
 
 static void gradients(void *kernel, TF_OpKernelContext *context) {
     const Options *options = kernel;
-    Call call = call_of(context, 4);
+    Call call = call_of(context);
     int is_done = 0;
     if (!TF_GetCode(call.status)) {
         TF_Tensor *x = call.inputs[0], *dy = call.inputs[1];
-        Shape shape = shape_of(options, x, call.inputs[2], NULL, NULL);
+        Shape shape = shape_with(options, x, call.inputs[3], NULL, NULL);
         int type = of_dtype(TF_TensorType(x));
         char *dx = like_input(&call, &shape, type);
         float *learned = parts_of(context, 1, 2, shape.columns, shape.rank, shape.number,
@@ -233,9 +215,9 @@ static void gradients(void *kernel, TF_OpKernelContext *context) {
             is_done = keras_bn_gradients(
                 shape.rank, shape.dims, TF_TensorData(x), type, TF_TensorData(dy),
                 of_dtype(TF_TensorType(dy)), dx, type,
-                data_of(&call, 2, options->is_learned), options->varies,
+                data_of(&call, 3), options->varies,
                 (double)shape.elements / shape.cells, options->together, options->is_centered,
-                shape.cells, shape.number, TF_TensorData(call.inputs[3]), work, learned,
+                shape.cells, shape.number, TF_TensorData(call.inputs[2]), work, learned,
                 (int)options->threads);
         free(work);
     }
@@ -252,18 +234,18 @@ static int are_of_cells(Call *call, int first, int last, const Shape *shape) {
 
 static void moments(void *kernel, TF_OpKernelContext *context) {
     const Options *options = kernel;
-    Call call = call_of(context, 3);
+    Call call = call_of(context);
     int is_done = 0;
     if (!TF_GetCode(call.status)) {
         TF_Tensor *x = call.inputs[0];
-        Shape shape = shape_of(options, x, NULL, call.inputs[1], NULL);
+        Shape shape = shape_with(options, x, NULL, call.inputs[1], NULL);
         float *found = parts_of(context, 0, 3, shape.sums, shape.rank, shape.cells,
                                 &call.outputs[0], call.status);
         is_done = !shape.elements;
         if (found && !is_done)
             is_done = keras_bn_moments(
                 shape.rank, shape.dims, TF_TensorData(x), of_dtype(TF_TensorType(x)),
-                data_of(&call, 1, options->is_weighted), data_of(&call, 2, options->is_weighted),
+                data_of(&call, 1), data_of(&call, 2),
                 (double)shape.elements / shape.cells, options->is_centered, shape.cells, found,
                 (int)options->threads);
     }
@@ -272,18 +254,18 @@ static void moments(void *kernel, TF_OpKernelContext *context) {
 
 static void products(void *kernel, TF_OpKernelContext *context) {
     const Options *options = kernel;
-    Call call = call_of(context, 3);
+    Call call = call_of(context);
     int is_done = 0;
     if (!TF_GetCode(call.status)) {
         TF_Tensor *x = call.inputs[0], *dy = call.inputs[1];
-        Shape shape = shape_of(options, x, NULL, NULL, call.inputs[2]);
+        Shape shape = shape_with(options, x, NULL, NULL, call.inputs[2]);
         float *found = parts_of(context, 0, 2, shape.sums, shape.rank, shape.cells,
                                 &call.outputs[0], call.status);
         is_done = !shape.elements;
         if (found && !is_done)
             is_done = keras_bn_products(shape.rank, shape.dims, TF_TensorData(x),
                                         of_dtype(TF_TensorType(x)), TF_TensorData(dy),
-                                        of_dtype(TF_TensorType(dy)), data_of(&call, 2, 1),
+                                        of_dtype(TF_TensorType(dy)), data_of(&call, 2),
                                         shape.cells, found, (int)options->threads);
     }
     finish(&call, is_done);
@@ -291,18 +273,18 @@ static void products(void *kernel, TF_OpKernelContext *context) {
 
 static void map_by_cells(void *kernel, TF_OpKernelContext *context) {
     const Options *options = kernel;
-    Call call = call_of(context, 4);
+    Call call = call_of(context);
     int is_done = 0;
     if (!TF_GetCode(call.status)) {
         TF_Tensor *x = call.inputs[0];
-        Shape shape = shape_of(options, x, NULL, NULL, call.inputs[1]);
+        Shape shape = shape_with(options, x, NULL, NULL, call.inputs[1]);
         int type = of_dtype(options->type);
         char *y = like_input(&call, &shape, type);
         is_done = !shape.elements;
         if (y && !is_done && are_of_cells(&call, 1, 3, &shape))
             is_done = keras_bn_map(shape.rank, shape.dims, TF_TensorData(x),
-                                   of_dtype(TF_TensorType(x)), y, type, data_of(&call, 1, 1),
-                                   data_of(&call, 2, 1), data_of(&call, 3, 1), NULL, NULL, 1,
+                                   of_dtype(TF_TensorType(x)), y, type, data_of(&call, 1),
+                                   data_of(&call, 2), data_of(&call, 3), NULL, NULL, 1,
                                    (int)options->threads);
     }
     finish(&call, is_done);
@@ -310,20 +292,20 @@ static void map_by_cells(void *kernel, TF_OpKernelContext *context) {
 
 static void combined(void *kernel, TF_OpKernelContext *context) {
     const Options *options = kernel;
-    Call call = call_of(context, 7);
+    Call call = call_of(context);
     int is_done = 0;
     if (!TF_GetCode(call.status)) {
         TF_Tensor *x = call.inputs[0], *dy = call.inputs[1];
-        Shape shape = shape_of(options, x, NULL, call.inputs[2], call.inputs[3]);
+        Shape shape = shape_with(options, x, NULL, call.inputs[6], call.inputs[2]);
         int type = of_dtype(TF_TensorType(x));
         char *dx = like_input(&call, &shape, type);
         is_done = !shape.elements;
-        if (dx && !is_done && are_of_cells(&call, 3, 6, &shape))
+        if (dx && !is_done && are_of_cells(&call, 2, 5, &shape))
             is_done = keras_bn_combined(
                 shape.rank, shape.dims, TF_TensorData(x), type, TF_TensorData(dy),
-                of_dtype(TF_TensorType(dy)), dx, type, data_of(&call, 2, options->is_weighted),
-                data_of(&call, 3, 1), data_of(&call, 4, 1), data_of(&call, 5, 1),
-                data_of(&call, 6, 1), NULL, (int)options->threads);
+                of_dtype(TF_TensorType(dy)), dx, type, data_of(&call, 6),
+                data_of(&call, 2), data_of(&call, 3), data_of(&call, 4),
+                data_of(&call, 5), NULL, (int)options->threads);
     }
     finish(&call, is_done);
 }
@@ -341,18 +323,19 @@ static void infer(TF_ShapeInferenceContext *context, TF_Status *status) {
     TF_DeleteShapeHandle(shape);
 }
 
-static void declare(const char *name, const char *const *inputs, const char *const *outputs,
+/* Inputs are x, maybe dy, and what there is for each cell or column; what may be absent is last. */
+static void declare(const char *name, const char *const *outputs, int is_backward,
                     void (*compute)(void *, TF_OpKernelContext *),
                     void (*shapes)(TF_ShapeInferenceContext *, TF_Status *)) {
     static const char *const options[] = {
-        "T: {float, bfloat16, half}", "U: {float, bfloat16, half} = DT_FLOAT",
-        "axes: list(int) = []",
-        "together: int = 1", "epsilon: float = 0.0", "is_centered: bool = true",
-        "is_learned: bool = false", "is_weighted: bool = false", "varies: bool = false",
-        "threads: int", NULL};
+        "T: {float, bfloat16, half}", "U: {float, bfloat16, half} = DT_FLOAT", "N: int >= 0",
+        "axes: list(int) = []", "together: int = 1", "epsilon: float = 0.0",
+        "is_centered: bool = true", "varies: bool = false", "threads: int", NULL};
     TF_Status *status = TF_NewStatus();
     TF_OpDefinitionBuilder *definition = TF_NewOpDefinitionBuilder(name);
-    for (int i = 0; inputs[i]; i++) TF_OpDefinitionBuilderAddInput(definition, inputs[i]);
+    TF_OpDefinitionBuilderAddInput(definition, "x: T");
+    if (is_backward) TF_OpDefinitionBuilderAddInput(definition, "dy: U");
+    TF_OpDefinitionBuilderAddInput(definition, "others: N * float");
     for (int i = 0; outputs[i]; i++) TF_OpDefinitionBuilderAddOutput(definition, outputs[i]);
     for (int i = 0; options[i]; i++) TF_OpDefinitionBuilderAddAttr(definition, options[i]);
     TF_OpDefinitionBuilderSetShapeInferenceFunction(definition, shapes);
@@ -362,22 +345,15 @@ static void declare(const char *name, const char *const *inputs, const char *con
 }
 
 __attribute__((constructor)) static void declare_all(void) {
-    const char *const normalized[] = {"x: T", "gamma: float", "beta: float", NULL};
-    const char *const found[] = {"y: U", "affine: float", "rest: float", NULL};
-    declare("KerasBnNormalize", normalized, found, normalize, infer);
-    const char *const differentiated[] = {"x: T", "dy: U", "gamma: float", "affine: float", NULL};
+    const char *const sums[] = {"sums: float", NULL}, *const y[] = {"y: U", NULL};
+    const char *const dx[] = {"dx: T", NULL};
+    const char *const normalized[] = {"y: U", "affine: float", "rest: float", NULL};
     const char *const slopes[] = {"dx: T", "d_learned: float", NULL};
-    declare("KerasBnGradients", differentiated, slopes, gradients, infer);
-    const char *const counted[] = {"x: T", "weights: float", "counts: float", NULL};
-    const char *const sums[] = {"moments: float", NULL};
-    declare("KerasBnMoments", counted, sums, moments, infer_nothing);
-    const char *const multiplied[] = {"x: T", "dy: U", "center: float", NULL};
-    declare("KerasBnProducts", multiplied, sums, products, infer_nothing);
-    const char *const mapped[] = {"x: T", "center: float", "scale: float", "shift: float", NULL};
-    const char *const image[] = {"y: U", NULL};
-    declare("KerasBnMap", mapped, image, map_by_cells, infer);
-    const char *const lines[] = {"x: T", "dy: U", "weights: float", "center: float",
-                                 "slope: float", "level: float", "factor: float", NULL};
-    const char *const slope[] = {"dx: T", NULL};
-    declare("KerasBnCombined", lines, slope, combined, infer);
+    declare("KerasBnMoments", sums, 0, moments, infer_nothing);
+    declare("KerasBnProducts", sums, 1, products, infer_nothing);
+    declare("KerasBnMap", y, 0, map_by_cells, infer);
+    declare("KerasBnCombined", dx, 1, combined, infer);
+    declare("KerasBnNormalize", normalized, 0, normalize, infer);
+    declare("KerasBnGradients", slopes, 1, gradients, infer);
+    keras_bn_register_calls();
 }

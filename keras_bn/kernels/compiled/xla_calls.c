@@ -1,8 +1,9 @@
 /* The passes as custom calls of XLA, by its foreign function interface (xla/ffi/api/c_api.h, version
    0.1 and later; its structures are stated here, so that nothing of XLA is needed to compile).
 
-   What a call does is in three attributes: `dims`, as the passes take them, whole `numbers` and
-   `reals`; kernels/jax/compiled.py writes them. Operands and results are dense. */
+   What a call does is in two attributes, `numbers` and `epsilon`; kernels/jax/compiled.py and
+   kernels/tensorflow/calls.py write them. Operands and results are dense. What may be absent comes
+   last; what follows the operands named here only told XLA the results' shapes. */
 
 #include <stddef.h>
 #include <stdint.h>
@@ -10,6 +11,7 @@
 #include <string.h>
 
 #include "calls.h"
+#include "shape.h"
 
 typedef struct Extension {
     size_t bytes;
@@ -42,11 +44,28 @@ typedef struct {
 } NewError;
 
 typedef struct {
+    const char *text;
+    size_t length;
+} Name;
+
+typedef struct Frame Frame;
+
+typedef struct {
+    size_t bytes;
+    Extension *extension;
+    Name name, platform;
+    Error *(*stages[4])(Frame *); /* the last is that of the call */
+    uint32_t traits;
+} Registration;
+
+typedef struct {
     size_t bytes;
     Extension *extension;
     Version version;
     const void *internal;
     Error *(*error)(NewError *);
+    void *others[2]; /* what an error says, and the end of one */
+    Error *(*add)(Registration *);
 } Api;
 
 typedef struct {
@@ -56,11 +75,6 @@ typedef struct {
     void *data;
     int64_t rank, *dims;
 } Buffer;
-
-typedef struct {
-    const char *text;
-    size_t length;
-} Name;
 
 typedef struct {
     int dtype;
@@ -85,7 +99,7 @@ typedef struct {
     Array **arrays;
 } Attributes;
 
-typedef struct {
+struct Frame {
     size_t bytes;
     Extension *extension;
     const Api *api;
@@ -93,7 +107,7 @@ typedef struct {
     int stage;
     Buffers operands, results;
     Attributes attributes;
-} Frame;
+};
 
 enum { IS_METADATA = 1, NO_MEMORY = 8 };
 
@@ -109,65 +123,167 @@ static const void *attribute(const Frame *frame, const char *name) {
 static void *operand(const Frame *frame, int i) { return frame->operands.buffers[i]->data; }
 static void *result(const Frame *frame, int i) { return frame->results.buffers[i]->data; }
 
-/* ---- Each returns 1, or 0 where there is no memory for sums. */
+/* F16, F32 and BF16 of XLA. */
+static int type_of(const Buffer *buffer) {
+    return buffer->dtype == 10 ? HALF : buffer->dtype == 16 ? BFLOAT : FLOAT;
+}
+
+/* ---- Each returns 1, or 0 where there are too many axes, or no memory for sums. */
 
 typedef struct {
-    int64_t rank, type, y_type, cells, columns, together, is_centered, varies, is_given,
-        is_training, threads;
+    int64_t mask, together, is_centered, is_given, varies, is_training, threads;
 } Numbers;
 
 typedef struct {
-    double count, epsilon;
-} Reals;
+    const Frame *frame;
+    Numbers is;
+    double epsilon, count;
+    Shape shape;
+    int x_type;
+} Call;
 
-/* x, and weights with counts if given; pivots, offsets and m2. */
-static int moments(const Frame *frame, const int64_t *dims, const Numbers *n, const Reals *r) {
-    return keras_bn_moments((int)n->rank, dims, operand(frame, 0), (int)n->type,
-                            n->is_given ? operand(frame, 1) : NULL,
-                            n->is_given ? operand(frame, 2) : NULL, r->count,
-                            (int)n->is_centered, n->cells, result(frame, 0), (int)n->threads);
+/* Operands that have the sizes of what there is for each cell, of gamma and of the weights; 0 for
+   none, where the axes of the mask are summed over and there is neither. */
+static Call call_of(const Frame *frame, int cell, int gamma, int weight) {
+    Buffer **of = frame->operands.buffers;
+    Call call = {frame, *(const Numbers *)attribute(frame, "numbers"),
+                 *(const double *)attribute(frame, "epsilon")};
+    call.shape = shape_of((int)of[0]->rank, of[0]->dims, cell ? of[cell]->dims : NULL,
+                          gamma && call.is.is_given ? of[gamma]->dims : NULL,
+                          weight && call.is.is_given ? of[weight]->dims : NULL, call.is.mask);
+    call.count = (double)call.shape.elements / (double)call.shape.cells;
+    call.x_type = type_of(of[0]);
+    return call;
 }
 
-/* x, and gamma with beta if given; y, maps, and the rest of what `keras_bn_normalize` gives. */
-static int normalize(const Frame *frame, const int64_t *dims, const Numbers *n, const Reals *r) {
-    return keras_bn_normalize((int)n->rank, dims, operand(frame, 0), (int)n->type,
-                              result(frame, 0), (int)n->y_type,
-                              n->is_given ? operand(frame, 1) : NULL,
-                              n->is_given ? operand(frame, 2) : NULL, (int)n->varies, r->count,
-                              n->together, r->epsilon, (int)n->is_centered, n->cells, n->columns,
-                              result(frame, 1), result(frame, 2), NULL, 0, NULL, NULL,
-                              (int)n->is_training, (int)n->threads);
+static void *further(const Call *call, int i) {
+    return call->is.is_given ? operand(call->frame, i) : NULL;
 }
 
-/* x, gamma with beta if given, maps and dy; dx, and the gradients of beta and gamma. */
-static int gradients(const Frame *frame, const int64_t *dims, const Numbers *n, const Reals *r) {
-    float *work = malloc((size_t)(3 * n->cells) * sizeof(float));
-    int maps = n->is_given ? 3 : 1;
+static int is_empty(const Call *call) {
+    if (call->shape.elements) return 0;
+    for (int64_t i = 0; i < call->frame->results.size; i++) {
+        const Buffer *found = call->frame->results.buffers[i];
+        int64_t elements = 1;
+        for (int64_t axis = 0; axis < found->rank; axis++) elements *= found->dims[axis];
+        if (elements) memset(found->data, 0, (size_t)elements * sizeof(float)); /* a small one */
+    }
+    return 1;
+}
+
+/* x, weights and counts; pivots, offsets and m2. */
+static int moments(const Frame *frame) {
+    Call call = call_of(frame, 0, 0, 1);
+    const Shape *of = &call.shape;
+    return is_empty(&call)
+        || keras_bn_moments(of->rank, of->dims, operand(frame, 0), call.x_type,
+                            further(&call, 1),
+                            further(&call, 2), call.count,
+                            (int)call.is.is_centered, of->cells, result(frame, 0),
+                            (int)call.is.threads);
+}
+
+/* x, dy and centers; Σ dy and Σ dy·(x - center). */
+static int products(const Frame *frame) {
+    Call call = call_of(frame, 2, 0, 0);
+    const Shape *of = &call.shape;
+    return is_empty(&call)
+        || keras_bn_products(of->rank, of->dims, operand(frame, 0), call.x_type,
+                             operand(frame, 1), type_of(frame->operands.buffers[1]),
+                             operand(frame, 2), of->cells, result(frame, 0),
+                             (int)call.is.threads);
+}
+
+/* x, centers, scales and shifts; y. */
+static int map_by_cells(const Frame *frame) {
+    Call call = call_of(frame, 1, 0, 0);
+    const Shape *of = &call.shape;
+    return is_empty(&call)
+        || keras_bn_map(of->rank, of->dims, operand(frame, 0), call.x_type, result(frame, 0),
+                        type_of(frame->results.buffers[0]), operand(frame, 1), operand(frame, 2),
+                        operand(frame, 3), NULL, NULL, (int)call.is.is_training,
+                        (int)call.is.threads);
+}
+
+/* x, dy, centers, slopes, levels, factors and weights; dx. */
+static int combined(const Frame *frame) {
+    Call call = call_of(frame, 2, 0, 6);
+    const Shape *of = &call.shape;
+    return is_empty(&call)
+        || keras_bn_combined(of->rank, of->dims, operand(frame, 0), call.x_type, operand(frame, 1),
+                             type_of(frame->operands.buffers[1]), result(frame, 0), call.x_type,
+                             further(&call, 6), operand(frame, 2),
+                             operand(frame, 3), operand(frame, 4), operand(frame, 5), NULL,
+                             (int)call.is.threads);
+}
+
+/* x, gamma and beta; y, maps, and the rest of what `keras_bn_normalize` gives. */
+static int normalize(const Frame *frame) {
+    Call call = call_of(frame, 0, 1, 0);
+    const Shape *of = &call.shape;
+    return is_empty(&call)
+        || keras_bn_normalize(of->rank, of->dims, operand(frame, 0), call.x_type, result(frame, 0),
+                              type_of(frame->results.buffers[0]),
+                              further(&call, 1),
+                              further(&call, 2), (int)call.is.varies,
+                              call.count, call.is.together, call.epsilon, (int)call.is.is_centered,
+                              of->cells, of->number, result(frame, 1), result(frame, 2), NULL, 0,
+                              NULL, NULL, (int)call.is.is_training, (int)call.is.threads);
+}
+
+/* x, dy, maps and gamma; dx, and the gradients of beta and gamma. */
+static int gradients(const Frame *frame) {
+    Call call = call_of(frame, 0, 3, 0);
+    const Shape *of = &call.shape;
+    if (is_empty(&call)) return 1;
+    float *work = malloc((size_t)(3 * of->cells) * sizeof(float));
     int is_done = work
-        && keras_bn_gradients((int)n->rank, dims, operand(frame, 0), (int)n->type,
-                              operand(frame, maps + 1), (int)n->y_type, result(frame, 0),
-                              (int)n->type, n->is_given ? operand(frame, 1) : NULL,
-                              (int)n->varies, r->count, n->together, (int)n->is_centered,
-                              n->cells, n->columns, operand(frame, maps), work,
-                              result(frame, 1), (int)n->threads);
+        && keras_bn_gradients(of->rank, of->dims, operand(frame, 0), call.x_type,
+                              operand(frame, 1), type_of(frame->operands.buffers[1]),
+                              result(frame, 0), call.x_type,
+                              further(&call, 3), (int)call.is.varies,
+                              call.count, call.is.together, (int)call.is.is_centered, of->cells,
+                              of->number, operand(frame, 2), work, result(frame, 1),
+                              (int)call.is.threads);
     free(work);
     return is_done;
 }
 
-static Error *called(Frame *frame, int (*body)(const Frame *, const int64_t *, const Numbers *,
-                                               const Reals *)) {
+static Error *called(Frame *frame, int (*body)(const Frame *)) {
     if (frame->extension && frame->extension->type == IS_METADATA) {
         Metadata *asked = (Metadata *)frame->extension;
         asked->metadata->version.major = 0, asked->metadata->version.minor = 1;
         return NULL;
     }
-    if (body(frame, attribute(frame, "dims"), attribute(frame, "numbers"),
-             attribute(frame, "reals")))
-        return NULL;
-    NewError error = {sizeof error, NULL, "keras_bn: no memory for sums", NO_MEMORY};
+    if (body(frame)) return NULL;
+    NewError error = {sizeof error, NULL, "keras_bn: too many axes, or no memory for sums", NO_MEMORY};
     return frame->api->error(&error);
 }
 
 Error *keras_bn_xla_moments(Frame *frame) { return called(frame, moments); }
+Error *keras_bn_xla_products(Frame *frame) { return called(frame, products); }
+Error *keras_bn_xla_map(Frame *frame) { return called(frame, map_by_cells); }
+Error *keras_bn_xla_combined(Frame *frame) { return called(frame, combined); }
 Error *keras_bn_xla_normalize(Frame *frame) { return called(frame, normalize); }
 Error *keras_bn_xla_gradients(Frame *frame) { return called(frame, gradients); }
+
+extern const Api *XLA_FFI_GetApi(void) __attribute__((weak));
+
+void keras_bn_register_calls(void) {
+    const struct {
+        const char *name;
+        Error *(*handler)(Frame *);
+    } calls[] = {{"keras_bn_moments", keras_bn_xla_moments},
+                 {"keras_bn_products", keras_bn_xla_products},
+                 {"keras_bn_map", keras_bn_xla_map},
+                 {"keras_bn_combined", keras_bn_xla_combined},
+                 {"keras_bn_normalize", keras_bn_xla_normalize},
+                 {"keras_bn_gradients", keras_bn_xla_gradients}};
+    if (!XLA_FFI_GetApi) return;
+    for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
+        Registration registration = {sizeof registration, NULL,
+                                     {calls[i].name, strlen(calls[i].name)}, {"Host", 4},
+                                     {NULL, NULL, NULL, calls[i].handler}, 0};
+        XLA_FFI_GetApi()->add(&registration);
+    }
+}

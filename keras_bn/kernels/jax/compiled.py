@@ -6,7 +6,6 @@ and second derivatives get. On the CPU, XLA gets a custom call.
 
 import functools
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,27 +16,21 @@ from jax.interpreters import ad
 
 from keras_bn.core.affine import Learned
 from keras_bn.core.moments import Moments
-from keras_bn.kernels.compiled import TYPES, are_in_turn, dims, library, strides
+from keras_bn.kernels.compiled import RANK, are_in_turn, call_types, numbers, xla_calls
 from keras_bn.kernels.jax.operation import How, operation
 from keras_bn.kernels.normalization import Plan, varies
 from keras_bn.types import Tensor
 
 Axes = tuple[int, ...]
 
-# The passes' strides have room for so many axes.
-_RANK = 7
-
 
 @functools.cache
 def _dtypes() -> frozenset[str]:
     """Return the dtypes that the passes take; none where there is no library."""
-    found = library()
-    if found is None:
-        return frozenset()
-    for name in ("moments", "normalize", "gradients"):
-        target = jax.ffi.pycapsule(getattr(found, f"keras_bn_xla_{name}"))
-        jax.ffi.register_ffi_target(f"keras_bn_{name}", target, platform="cpu")
-    return frozenset(TYPES if found.keras_bn_reads_half() else TYPES.keys() - {"float16"})
+    for name, handler in xla_calls().items():
+        target = jax.ffi.pycapsule(handler)
+        jax.ffi.register_ffi_target(name, target, platform="cpu")
+    return call_types()
 
 
 def has_passes() -> bool:
@@ -52,7 +45,7 @@ def serves(x: Tensor, *others: Tensor | None, dtype: str | None = None) -> bool:
         has_passes()
         and {str(x.dtype), dtype or str(x.dtype)} <= _dtypes()
         and all(isinstance(size, int) for size in x.shape)
-        and x.ndim <= _RANK
+        and x.ndim <= RANK
         and x.size > 0
         # On a mesh, of one device too, the type of an array tells how it lies there.
         and all(jax.typeof(part).sharding.mesh.empty for part in given)
@@ -157,8 +150,8 @@ def _plain_movement(plain: Any, how: How, *inputs: Tensor) -> Any:
 
 
 def _plain_gradients(plain: Any, how: How, *inputs: Tensor) -> Any:
-    *primals, _, dy = inputs
-    _, pull = jax.vjp(functools.partial(_plain_y, plain, how), *primals)
+    x, dy, _, *learned = inputs
+    _, pull = jax.vjp(functools.partial(_plain_y, plain, how), x, *learned)
     dx, *others = pull(dy)
     columns = others[::-1] or [jnp.zeros((1,) * dx.ndim)] * 2
     return dx, jnp.stack(columns)
@@ -172,48 +165,22 @@ def _columns(x: Any, learned: Any) -> Axes:
     return tuple(learned[0].shape) if learned else (1,) * x.ndim
 
 
-def _attributes(
-    how: How, x: Any, columns: Axes, nest: Any, is_given: bool, dtype: str
-) -> dict[str, Any]:
+def _call(how: How, **options: bool) -> dict[str, Any]:
     """Return what xla_calls.c reads."""
-    cells = math.prod(_sums(how, x))
-    numbers = [
-        x.ndim,
-        TYPES[str(x.dtype)],
-        TYPES[dtype],
-        cells,
-        math.prod(columns),
-        how.together,
-        how.is_centered,
-        how.varies,
-        is_given,
-        how.is_training,
-        os.cpu_count() or 1,
-    ]
-    return {
-        "dims": np.array(nest, np.int64),
-        "numbers": np.array(numbers, np.int64),
-        "reals": np.array([x.size / cells, how.epsilon]),
-    }
+    given = numbers(how.axes, how.together, how.is_centered, varies=how.varies, **options)
+    return {"numbers": np.array(given, np.int64), "epsilon": np.array([how.epsilon])}
 
 
-def _call_moments(how: How, x: Any, *counted: Any) -> dict[str, Any]:
-    weights = counted[0].shape if counted else None
-    nest = dims(x.shape, strides(x.shape), None, None, weights, _sums(how, x))
-    return _attributes(how, x, (), nest, bool(counted), "float32")
+def _call_moments(how: How, _: Any, *counted: Any) -> dict[str, Any]:
+    return _call(how, is_given=bool(counted))
 
 
-def _call_normalize(how: How, x: Any, *learned: Any) -> dict[str, Any]:
-    columns, step = _columns(x, learned), strides(x.shape)
-    nest = dims(x.shape, step, None, step, None, _sums(how, x), columns)
-    return _attributes(how, x, columns, nest, bool(learned), how.dtype)
+def _call_normalize(how: How, _: Any, *learned: Any) -> dict[str, Any]:
+    return _call(how, is_given=bool(learned), is_training=how.is_training)
 
 
-def _call_gradients(how: How, x: Any, *others: Any) -> dict[str, Any]:
-    *learned, _, dy = others
-    columns, step = _columns(x, learned), strides(x.shape)
-    nest = dims(x.shape, step, step, step, None, _sums(how, x), columns)
-    return _attributes(how, x, columns, nest, bool(learned), str(dy.dtype))
+def _call_gradients(how: How, *inputs: Any) -> dict[str, Any]:
+    return _call(how, is_given=len(inputs) > 3)
 
 
 _moments = operation(
@@ -238,7 +205,7 @@ _gradients = operation(
     _plain_gradients,
     lambda how, x, *others: [
         (x.shape, x.dtype),
-        ((2, *_columns(x, others[:-2])), jnp.float32),
+        ((2, *_columns(x, others[2:])), jnp.float32),
     ],
     _call_gradients,
 )
@@ -251,7 +218,8 @@ def _transposed(gradients: Any, *inputs: Any, plain: Any, how: How) -> list[Any]
     absent: list[Any] = [None] * (half + 1)
     if isinstance(dy, ad.Zero):
         return absent + [None] * half
-    dx, columns = _gradients.bind(*inputs[: half + 1], dy, plain=plain, how=how)
+    x, *learned, affine = inputs[: half + 1]
+    dx, columns = _gradients.bind(x, dy, affine, *learned, plain=plain, how=how)
     found = [dx, columns[1], columns[0]][:half]
     pairs = zip(found, inputs[half + 1 :], strict=True)
     return absent + [part if ad.is_undefined_primal(given) else None for part, given in pairs]

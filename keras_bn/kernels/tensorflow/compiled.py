@@ -1,4 +1,7 @@
-"""The compiled passes as operations of TensorFlow; each gives None for what they do not serve."""
+"""The compiled passes in TensorFlow; each gives None for what they do not serve.
+
+They are operations of a graph, and custom calls where XLA compiles it.
+"""
 
 import os
 from collections.abc import Callable
@@ -9,8 +12,9 @@ import tensorflow as tf
 
 from keras_bn.core.affine import Affine, Learned
 from keras_bn.core.moments import Moments
-from keras_bn.kernels.compiled import TYPES, are_in_turn, place
+from keras_bn.kernels.compiled import RANK, TYPES, are_in_turn, place
 from keras_bn.kernels.normalization import Plan, Whole, varies
+from keras_bn.kernels.tensorflow import calls
 from keras_bn.kernels.tensorflow.tracing import (
     is_for_each_of_many,
     is_for_gradients,
@@ -19,6 +23,8 @@ from keras_bn.kernels.tensorflow.tracing import (
 from keras_bn.types import Tensor
 
 Axes = tuple[int, ...]
+# Dtype and shape.
+Type = tuple[str, Any]
 
 
 @cache
@@ -31,10 +37,35 @@ def _operations() -> Any:
 
 
 def _serves(x: Tensor, *dtypes: str) -> bool:
-    """Say whether the operations take a tensor, and will be known where the graph runs."""
-    if is_for_xla() or is_for_each_of_many() or x.shape.rank is None:
+    """Say whether the passes take a tensor, and will be known where the graph runs."""
+    if is_for_each_of_many() or x.shape.rank is None or x.shape.rank > RANK:
         return False
-    return {x.dtype.name, *dtypes} <= set(TYPES) and _operations() is not None
+    if not {x.dtype.name, *dtypes} <= set(TYPES) or _operations() is None:
+        return False
+    return not is_for_xla() or calls.are_known()
+
+
+def _call(
+    name: str, big: list[Tensor], others: list[Tensor], results: list[Type], **options: Any
+) -> Any:
+    """Return the results of a pass, as the compiled code or the graph has them.
+
+    Args:
+        name: Its name.
+        big: x, and maybe dy.
+        others: What there is for each cell or column.
+        results: Dtypes and shapes.
+        **options: The operations' attributes.
+    """
+    if is_for_xla():
+        return calls.call(name, [*big, *others], results, **options)
+    dtype = {"U": results[0][0]} if len(big) == 1 else {}
+    operation = getattr(_operations(), f"keras_bn_{name}")
+    found = operation(*big, others, threads=_threads(), **dtype, **options)
+    found = [found] if len(results) == 1 else list(found)
+    for part, (_, shape) in zip(found, results, strict=True):
+        part.set_shape(shape)
+    return found
 
 
 def normalize(
@@ -58,11 +89,10 @@ def normalize(
     parts = _filled(learned, sums, plan)
     if parts is None:
         return None
-    y, affine, rest = _operations().keras_bn_normalize(
-        x, *parts, U=plan.dtype, threads=_threads(), **_options(learned, plan)
+    results = [(plan.dtype, x.shape), ("float32", [3, *sums]), ("float32", [4, *sums])]
+    y, affine, rest = _call(
+        "normalize", [x], parts, results, epsilon=plan.epsilon, **_options(learned, plan)
     )
-    affine.set_shape([3, *sums])
-    rest.set_shape([4, *sums])
     count = number(x, plan.pooling.axes) * (plan.pooling.together or 1)
     return y, Moments(count, affine[0], rest[0], rest[1]), Whole(affine, None)
 
@@ -71,20 +101,17 @@ def gradients(
     x: Tensor, dy: Tensor, learned: Learned, whole: Whole, plan: Plan
 ) -> tuple[Tensor, ...] | None:
     """Return the gradients of x and of what is learned, from the maps that `normalize` gave."""
-    affine = whole.affine
     if is_for_each_of_many():
         return None
-    parts: Any = _filled(learned, affine.shape[1:], plan)
-    dx, found = _operations().keras_bn_gradients(
-        x,
-        tf.cast(dy, plan.dtype),
-        parts[0],
-        affine,
-        threads=_threads(),
+    parts: Any = _filled(learned, whole.affine.shape[1:], plan)
+    columns = parts[0].shape if parts else [1] * x.shape.rank
+    dx, found = _call(
+        "gradients",
+        [x, tf.cast(dy, plan.dtype)],
+        [whole.affine, *parts[:1]],
+        [(x.dtype.name, x.shape), ("float32", [2, *columns])],
         **_options(learned, plan),
     )
-    dx.set_shape(x.shape)
-    found.set_shape([2, *parts[0].shape])
     pairs = zip((found[1], found[0]), learned, strict=True)
     return dx, *(gradient for gradient, part in pairs if part is not None)
 
@@ -93,9 +120,7 @@ def _options(learned: Learned, plan: Plan) -> dict[str, Any]:
     return {
         "axes": plan.pooling.axes,
         "together": plan.pooling.together or 1,
-        "epsilon": plan.epsilon,
         "is_centered": plan.pooling.is_centered,
-        "is_learned": not learned.is_nothing,
         "varies": varies(learned, plan.pooling.axes),
     }
 
@@ -104,17 +129,14 @@ def moments(x: Tensor, weights: Tensor | None, count: Any, axes: Axes) -> list[T
     """Return pivot, offset and m2 over the axes."""
     if not is_for_gradients() or not _serves(x):
         return None
-    given = [tf.ones([1] * x.shape.rank)] * 2
+    counted = []
     if weights is not None:
         shape = [1 if axis in axes else size for axis, size in enumerate(tf.unstack(tf.shape(x)))]
-        given = [weights, tf.broadcast_to(tf.cast(count, tf.float32), shape)]
-    if any(part.dtype != tf.float32 for part in given):
+        counted = [weights, tf.broadcast_to(tf.cast(count, tf.float32), shape)]
+    if any(part.dtype != tf.float32 for part in counted):
         return None
-    found = _operations().keras_bn_moments(
-        x, *given, axes=axes, is_weighted=weights is not None, threads=_threads()
-    )
-    found.set_shape([3, *_sums(x, axes)])
-    return list(tf.unstack(found))
+    results = [("float32", [3, *_sums(x, axes)])]
+    return list(tf.unstack(*_call("moments", [x], counted, results, axes=axes)))
 
 
 def products(x: Tensor, dy: Tensor, center: Tensor, axes: Axes) -> list[Tensor] | None:
@@ -123,9 +145,8 @@ def products(x: Tensor, dy: Tensor, center: Tensor, axes: Axes) -> list[Tensor] 
     is_whole = center.dtype == tf.float32 and center.shape.as_list() == sums
     if not is_whole or not _serves(x, dy.dtype.name):
         return None
-    found = _operations().keras_bn_products(x, dy, center, axes=axes, threads=_threads())
-    found.set_shape([2, *sums])
-    return list(tf.unstack(found))
+    results = [("float32", [2, *sums])]
+    return list(tf.unstack(*_call("products", [x, dy], [center], results, axes=axes)))
 
 
 def mapped(x: Tensor, affine: Affine, dtype: str) -> Tensor | None:
@@ -133,7 +154,7 @@ def mapped(x: Tensor, affine: Affine, dtype: str) -> Tensor | None:
     parts = _alike(*affine)
     if parts is None or not is_for_gradients() or not _serves(x, dtype):
         return None
-    return _operations().keras_bn_map(x, *parts, U=dtype, threads=_threads())
+    return _call("map", [x], parts, [(dtype, x.shape)])[0]
 
 
 def combined(
@@ -144,12 +165,10 @@ def combined(
     parts = _alike(center, b, c, a)
     if parts is None or not _serves(x, dy.dtype.name):
         return None
-    weight = tf.ones([1] * x.shape.rank) if weights is None else weights
-    if weight.dtype != tf.float32:
+    given = [] if weights is None else [weights]
+    if any(part.dtype != tf.float32 for part in given):
         return None
-    return _operations().keras_bn_combined(
-        x, dy, weight, *parts, is_weighted=weights is not None, threads=_threads()
-    )
+    return _call("combined", [x, dy], [*parts, *given], [(x.dtype.name, x.shape)])[0]
 
 
 def _alike(*parts: Tensor | None) -> list[Tensor] | None:
@@ -171,9 +190,9 @@ def _sums(x: Tensor, axes: Axes) -> list[int | None]:
 
 
 def _filled(learned: Learned, sums: Any, plan: Plan) -> list[Tensor] | None:
-    """Return gamma and beta; None where the passes do not take them."""
+    """Return gamma and beta, or neither; None where the passes do not take them."""
     if learned.is_nothing:
-        return [tf.ones([1] * len(sums))] * 2
+        return []
     gamma, beta = learned
     gamma = tf.ones_like(beta) if gamma is None else gamma
     beta = tf.zeros_like(gamma) if beta is None else beta
