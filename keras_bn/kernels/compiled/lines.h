@@ -219,6 +219,15 @@ INLINED Ends moments_line(const float *restrict x, int64_t n, int weight, const 
     return (Ends){firsts.low + firsts.high, seconds.low + seconds.high, c, d};
 }
 
+/* Of moments about 0. */
+INLINED Ends squares_line(const float *restrict x, int64_t n) {
+#define LANES_FROM(j, a, b) (a += 0, b += loaded(x + (j)) * loaded(x + (j)))
+#define ONE_AT(j, a, b) (a += 0, b += (double)x[j] * x[j])
+    ALONG_LINE(n, LANES_FROM, ONE_AT);
+#undef LANES_FROM
+#undef ONE_AT
+}
+
 INLINED Ends products_line(const float *restrict x, const float *restrict dy, int64_t n,
                            const float *restrict center) {
 #define LANES_FROM(j, a, b)                                                               \

@@ -58,7 +58,10 @@ INLINED void sum_piece(Job *job, const Piece *piece, int part, Pass pass, int ce
     Ends ends[ROWS];
     for (int i = 0; pass == MOMENTS && cell == ONE && job->is_first && i < rows; i++)
         job->center[at + i * apart] = pivot_of(job, x[i * step]);
-    for (int i = 0; pass <= PRODUCTS && cell == ONE && i < rows; i++)
+    int is_about_0 = pass == MOMENTS && !weight && !job->is_centered;
+    for (int i = 0; cell == ONE && is_about_0 && i < rows; i++)
+        ends[i] = squares_line(x + i * step, n);
+    for (int i = 0; pass <= PRODUCTS && cell == ONE && !is_about_0 && i < rows; i++)
         ends[i] = pass == MOMENTS
             ? moments_line(x + i * step, n, weight, w + i * piece->apart[WEIGHT],
                            center + i * apart)

@@ -17,6 +17,7 @@ from keras_bn.kernels.normalization import Plan, Whole, varies
 from keras_bn.kernels.tensorflow import calls
 from keras_bn.kernels.tensorflow.tracing import (
     is_for_each_of_many,
+    is_for_export,
     is_for_gradients,
     is_for_xla,
 )
@@ -36,13 +37,16 @@ def _operations() -> Any:
     return tf.load_op_library(path) if path is not None and is_on_cpu else None
 
 
+def has_passes() -> bool:
+    """Say whether the passes will be known where the graph runs."""
+    return _operations() is not None and (not is_for_xla() or calls.are_known())
+
+
 def _serves(x: Tensor, *dtypes: str) -> bool:
-    """Say whether the passes take a tensor, and will be known where the graph runs."""
-    if is_for_each_of_many() or x.shape.rank is None or x.shape.rank > RANK:
+    """Say whether the passes take a tensor, beside further dtypes."""
+    if is_for_export() or is_for_each_of_many() or x.shape.rank is None or x.shape.rank > RANK:
         return False
-    if not {x.dtype.name, *dtypes} <= set(TYPES) or _operations() is None:
-        return False
-    return not is_for_xla() or calls.are_known()
+    return {x.dtype.name, *dtypes} <= set(TYPES) and has_passes()
 
 
 def _call(
@@ -58,7 +62,9 @@ def _call(
         **options: The operations' attributes.
     """
     if is_for_xla():
-        return calls.call(name, [*big, *others], results, **options)
+        return calls.call(
+            name, [*big, *others], results, is_training=is_for_gradients(), **options
+        )
     dtype = {"U": results[0][0]} if len(big) == 1 else {}
     operation = getattr(_operations(), f"keras_bn_{name}")
     found = operation(*big, others, threads=_threads(), **dtype, **options)
@@ -82,8 +88,7 @@ def normalize(
     Returns:
         All three, or None.
     """
-    # Only in training: a graph that is exported must not need these operations.
-    if plan.correct is not None or not is_for_gradients() or not _serves(x, plan.dtype):
+    if plan.correct is not None or not _serves(x, plan.dtype):
         return None
     sums = _sums(x, plan.pooling.axes)
     parts = _filled(learned, sums, plan)
@@ -127,7 +132,7 @@ def _options(learned: Learned, plan: Plan) -> dict[str, Any]:
 
 def moments(x: Tensor, weights: Tensor | None, count: Any, axes: Axes) -> list[Tensor] | None:
     """Return pivot, offset and m2 over the axes."""
-    if not is_for_gradients() or not _serves(x):
+    if not _serves(x):
         return None
     counted = []
     if weights is not None:
@@ -152,7 +157,9 @@ def products(x: Tensor, dy: Tensor, center: Tensor, axes: Axes) -> list[Tensor] 
 def mapped(x: Tensor, affine: Affine, dtype: str) -> Tensor | None:
     """Return (x - center)·scale + shift."""
     parts = _alike(*affine)
-    if parts is None or not is_for_gradients() or not _serves(x, dtype):
+    # XLA joins a map with what is around it.
+    is_joined = is_for_xla() and not is_for_gradients()
+    if parts is None or is_joined or not _serves(x, dtype):
         return None
     return _call("map", [x], parts, [(dtype, x.shape)])[0]
 

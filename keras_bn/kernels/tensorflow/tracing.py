@@ -15,6 +15,14 @@ def is_for_gradients() -> bool:
     return bool(record.could_possibly_record())
 
 
+def is_for_export() -> bool:
+    """Say whether somebody may export what is being traced, to where only TensorFlow is known.
+
+    What Keras exports has no tape, and goes to XLA as a whole in no case.
+    """
+    return not (tf.executing_eagerly() or is_for_gradients() or is_for_xla())
+
+
 def is_for_each_of_many() -> bool:
     """Say whether `tf.vectorized_map`, or a Jacobian, will make one for many of what is traced."""
     return "loop_body" in tf.get_current_name_scope()
