@@ -51,8 +51,8 @@ def settled_count(momentum: float | None) -> float:
 
 
 def linear_ramp(
-    step: Tensor, start: float, end: float, steps: tuple[int, int] | None, dtype: str
-) -> Tensor:
+    step: Tensor | int, start: float, end: float, steps: tuple[int, int] | None, dtype: str
+) -> Tensor | float:
     """Return the value that goes linearly from `start` to `end` between two steps.
 
     Args:
@@ -63,14 +63,16 @@ def linear_ramp(
         dtype: Dtype of the result.
 
     Returns:
-        A tensor without axes.
+        A tensor without axes; for a step that is a Python number, a number.
     """
     if steps is None:
-        return ops.convert_to_tensor(end, dtype)
+        return end if is_static(step) else ops.convert_to_tensor(end, dtype)
     first, last = steps
     # A ramp without length is a jump: the divisor must not be 0.
-    done = ops.cast(step - first, dtype) / max(last - first, 1)
-    return start + (end - start) * ops.clip(done, 0.0, 1.0)
+    length = max(last - first, 1)
+    if is_static(step):
+        return start + (end - start) * min(max((step - first) / length, 0.0), 1.0)
+    return start + (end - start) * ops.clip(ops.cast(step - first, dtype) / length, 0.0, 1.0)
 
 
 def at_least(x: Tensor, low: Tensor) -> Tensor:
@@ -152,4 +154,4 @@ def renorm_correction(
     for count in counts:
         filled = count > 0
         r, d = native.where(filled, r, 1.0), native.where(filled, d, 0.0)
-    return ops.stop_gradient(r), ops.stop_gradient(d)
+    return native.stop_gradient(r), native.stop_gradient(d)

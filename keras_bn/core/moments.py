@@ -135,7 +135,7 @@ def merge(parts: Moments, total: Callable[[Tensor], Tensor], number: int | None 
         share = counts / positive(count)
     # Divided before the sum, which gives all parts the same number; a division after it need not:
     # vectorized and scalar divisions round differently (TensorFlow 2.21).
-    pivot = settled(ops.stop_gradient(total(share * parts.pivot)))
+    pivot = settled(native.stop_gradient(total(share * parts.pivot)))
     distance = _distance(parts, counts, pivot)
     offset = total(share * distance)
     m2 = total(parts.m2 + counts * ops.square(distance - offset))
@@ -157,7 +157,7 @@ def merge_replicas(own: Moments, total: Callable[[Tensor], Tensor]) -> Moments:
         The merged moments, the same on every replica.
     """
     counts = _counted(own).count
-    sums = total(ops.stack([counts, ops.stop_gradient(counts * own.pivot)]))
+    sums = total(ops.stack([counts, native.stop_gradient(counts * own.pivot)]))
     count, weighted = sums[0], sums[1]
     pivot = settled(weighted / positive(count))
     distance = _distance(own, counts, pivot)

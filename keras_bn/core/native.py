@@ -6,23 +6,48 @@ here are tensors of the backend, of one dtype, beside Python numbers.
 """
 
 import importlib
+from operator import attrgetter
 from typing import Any
 
 import keras
 from keras import ops
 from keras.backend import standardize_dtype
 
-_MODULES = {"tensorflow": "tensorflow", "jax": "jax.numpy", "torch": "torch"}
-_name = _MODULES.get(keras.backend.backend())
-_own = ops if _name is None else importlib.import_module(_name)
+_BACKENDS = ("tensorflow", "jax", "torch")
+_backend = keras.backend.backend()
+_own = importlib.import_module(_backend) if _backend in _BACKENDS else ops
 
-where, sqrt, reshape = _own.where, _own.sqrt, _own.reshape
+
+def _named(other: str, *names: str) -> Any:
+    """Return a function by its name in `keras.ops`, or those in TensorFlow, JAX and PyTorch."""
+    given = dict(zip(_BACKENDS, names, strict=True))
+    return attrgetter(given.get(_backend, other))(_own)
+
+
+where = _named("where", "where", "numpy.where", "where")
+sqrt = _named("sqrt", "sqrt", "numpy.sqrt", "sqrt")
+square = _named("square", "square", "numpy.square", "square")
 # `1.0 / x` is two operations in PyTorch.
-reciprocal = _own.math.reciprocal if _name == "tensorflow" else _own.reciprocal
-isfinite = _own.math.is_finite if _name == "tensorflow" else _own.isfinite
+reciprocal = _named("reciprocal", "math.reciprocal", "numpy.reciprocal", "reciprocal")
+relu = _named("relu", "nn.relu", "nn.relu", "relu")
+isfinite = _named("isfinite", "math.is_finite", "numpy.isfinite", "isfinite")
+reduce_any = _named("any", "reduce_any", "numpy.any", "any")
+reshape = _named("reshape", "reshape", "numpy.reshape", "reshape")
+copy = _named("copy", "identity", "numpy.copy", "clone")
+stop_gradient = _named("stop_gradient", "stop_gradient", "lax.stop_gradient", "Tensor.detach")
 
 
-def cast(value: Any, dtype: str) -> Any:
-    """Return a variable, or a tensor, as a tensor in a dtype."""
-    value = value.value if isinstance(value, keras.Variable) else value
-    return value if standardize_dtype(value.dtype) == dtype else ops.cast(value, dtype)
+def value_of(variable: Any) -> Any:
+    """Return a variable's value as a tensor."""
+    # TensorFlow has variables of its own, to be read at one place.
+    found = variable.value
+    return _own.convert_to_tensor(found) if _backend == "tensorflow" else found
+
+
+def cast(value: Any, dtype: Any) -> Any:
+    """Return a variable, or a tensor, as a tensor in a dtype, of the backend or by its name."""
+    value = value_of(value) if isinstance(value, keras.Variable) else value
+    if _backend == "torch":
+        return value.to(getattr(_own, dtype) if isinstance(dtype, str) else dtype)
+    is_given = standardize_dtype(value.dtype) == standardize_dtype(dtype)
+    return value if is_given else ops.cast(value, dtype)

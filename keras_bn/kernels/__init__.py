@@ -30,6 +30,7 @@ from keras_bn.kernels.active import (
     harmless,
     is_compiling,
     is_foreign,
+    known_number,
     moments,
     normalize,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "harmless",
     "is_compiling",
     "is_foreign",
+    "known_number",
     "length",
     "moments",
     "normalize",

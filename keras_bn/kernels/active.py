@@ -104,6 +104,11 @@ def for_each(part: Tensor, number: Tensor) -> Tensor:
     return ops.broadcast_to(part, (number, *ops.shape(part)[1:]))[None]
 
 
+def known_number(x: Tensor) -> Tensor | int:
+    """Return a whole number as one of Python, where that takes no time; else the tensor."""
+    return _kernel.known_number(x) if hasattr(_kernel, "known_number") else x
+
+
 def is_compiling() -> bool:
     """Say whether a compiler that cannot trace a warning is at work."""
     return bool(_kernel.is_compiling()) if hasattr(_kernel, "is_compiling") else False

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from keras import ops
 from keras.backend import standardize_dtype
 
+from keras_bn.core import native
 from keras_bn.core.affine import AS_IS, Affine, Learned, uncentered
 from keras_bn.core.moments import Moments, is_static, positive, settled
 from keras_bn.kernels import generic
@@ -74,8 +75,8 @@ class Kernel:
 
         found = self._run(Step(forward, backward, plain), x)
         *count, pivot, offset, m2 = found
-        count = ops.stop_gradient(*count) if count else passes.number(x, axes)
-        return Moments(count, ops.stop_gradient(pivot), offset, m2)
+        count = native.stop_gradient(*count) if count else passes.number(x, axes)
+        return Moments(count, native.stop_gradient(pivot), offset, m2)
 
     def apply(self, x: Tensor, affine: Affine, dtype: str) -> Tensor:
         """Return (x - center)·scale + shift in `dtype`."""
@@ -135,7 +136,7 @@ class Kernel:
             return (y,), _tensors(found)
 
         y, *found = self._run(Step(forward, backward, plain), x, *learned.given)
-        found = [ops.stop_gradient(part) for part in found]
+        found = [native.stop_gradient(part) for part in found]
         if len(found) == 4:
             return y, Moments(*found)
         return y, Moments(passes.number(x, axes) * (plan.pooling.together or 1), *found)
@@ -265,7 +266,7 @@ def _constant(moments: Moments) -> Moments:
 
 
 def _apart(part: Tensor) -> Tensor:
-    return part if is_static(part) or part is None else ops.stop_gradient(part)
+    return part if is_static(part) or part is None else native.stop_gradient(part)
 
 
 def _dtype(x: Tensor) -> str:

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from keras import ops
 
+from keras_bn import kernels
 from keras_bn.core import native
 from keras_bn.core.estimators import (
     Correction,
@@ -13,7 +13,7 @@ from keras_bn.core.estimators import (
     linear_ramp,
     moving_average,
 )
-from keras_bn.core.moments import Moments
+from keras_bn.core.moments import Moments, is_static
 from keras_bn.layers.batch_statistics import BatchStatistics
 from keras_bn.types import Shape, Tensor
 
@@ -143,7 +143,7 @@ class BatchRenormalization(BatchStatistics):
     def limits(self) -> Limits:
         """Return the limits of r and d at the present step."""
         dtype = self.moving_mean.dtype
-        step = ops.convert_to_tensor(self.step)
+        step = kernels.known_number(native.cast(self.step, "int32"))
         rmax = linear_ramp(step, 1.0, self.rmax, self.rmax_steps, dtype)
         return Limits(1.0 / rmax, rmax, linear_ramp(step, 0.0, self.dmax, self.dmax_steps, dtype))
 
@@ -155,20 +155,20 @@ class BatchRenormalization(BatchStatistics):
         super().load_own_variables({**store, str(last): np.int32(0)} if missing_step else store)
 
     def _corrector(self, dtype: str) -> Correction:
-        kept = self._kept_moments(dtype)
-        stddev_kept = self._stddev(kept.variance)
-        limits = Limits(*(native.cast(limit, dtype) for limit in self.limits()))
+        mean, variance = self._moving(dtype)
+        given = self.limits()
+        limits = given if is_static(given.rmax) else Limits(*(native.cast(v, dtype) for v in given))
         count = self._spread_count(self.moving_count, dtype)
-        return Correction(kept.mean, stddev_kept, limits, self.epsilon, count)
+        return Correction(mean, self._stddev(variance), limits, self.epsilon, count)
 
     def _update(self, batch: Moments, known: Tensor) -> None:
         momentum = share = self._share(self.moving_count, self.momentum, batch, known)
         dtype = batch.pivot.dtype
         if self.moving_count is not None:
-            share = ops.cast(share, dtype)
-        stddev_kept = self._stddev(ops.cast(self.moving_variance, dtype))
+            share = native.cast(share, dtype)
+        stddev_kept = self._stddev(native.cast(self.moving_variance, dtype))
         stddev = moving_average(stddev_kept, self._stddev(self._variance_to_keep(batch)), share)
-        variance = ops.relu(ops.square(stddev) - self.epsilon)
+        variance = native.relu(native.square(stddev) - self.epsilon)
         self._move(self.moving_mean, batch.mean, momentum, known)
         self._move(self.moving_variance, variance, 0.0, known)
         self._count_step(known)

@@ -209,7 +209,7 @@ class BatchStatistics(Normalization):
         """Return moving mean and moving variance, to go with the input."""
         mean, variance = (self._spread(v, dtype) for v in (self.moving_mean, self.moving_variance))
         # A copy: in PyTorch it would be a view, saved for the gradient, of what a later call moves.
-        return ops.copy(mean), variance
+        return native.copy(mean), variance
 
     def _stddev(self, variance: Tensor) -> Tensor:
         return native.sqrt(variance + self.epsilon)
@@ -238,13 +238,14 @@ class BatchStatistics(Normalization):
             momentum: The share of the old value, one for all or in the shape of the statistic.
             known: Whether the batch's moments may be kept.
         """
-        old = ops.convert_to_tensor(variable)
-        moved = moving_average(old, ops.cast(new, old.dtype), momentum)
+        old = native.value_of(variable)
+        moved = moving_average(old, native.cast(new, old.dtype), momentum)
         variable.assign(native.where(known, moved, old))
 
     def _count_step(self, known: Tensor) -> None:
         """Count a training step, unless nothing of it was known."""
-        self.step.assign(self.step + ops.cast(ops.any(known), "int32"))
+        moved = native.cast(native.reduce_any(known), "int32")
+        self.step.assign(native.cast(self.step, "int32") + moved)
 
     def _warn_of_one_element(self, moments: Moments) -> None:
         is_one = is_static(moments.count) and moments.count == 1

@@ -62,9 +62,7 @@ def _call(
         **options: The operations' attributes.
     """
     if is_for_xla():
-        return calls.call(
-            name, [*big, *others], results, is_training=is_for_gradients(), **options
-        )
+        return calls.call(name, [*big, *others], results, is_training=is_for_gradients(), **options)
     dtype = {"U": results[0][0]} if len(big) == 1 else {}
     operation = getattr(_operations(), f"keras_bn_{name}")
     found = operation(*big, others, threads=_threads(), **dtype, **options)

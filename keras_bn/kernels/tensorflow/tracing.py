@@ -16,10 +16,8 @@ def is_for_gradients() -> bool:
 
 
 def is_for_export() -> bool:
-    """Say whether somebody may export what is being traced, to where only TensorFlow is known.
-
-    What Keras exports has no tape, and goes to XLA as a whole in no case.
-    """
+    """Say whether what is being traced may be exported, to where only TensorFlow is known."""
+    # What Keras exports has no tape, and is not compiled as a whole.
     return not (tf.executing_eagerly() or is_for_gradients() or is_for_xla())
 
 

@@ -3,8 +3,8 @@
 import torch
 
 from keras_bn.kernels.steps import Kernel
-from keras_bn.kernels.torch import passes
-from keras_bn.kernels.torch.autograd import run
+from keras_bn.kernels.torch import compiled, passes
+from keras_bn.kernels.torch.autograd import is_transformed, run
 from keras_bn.types import Tensor
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "harmless",
     "hold",
     "is_compiling",
+    "known_number",
     "moments",
     "normalize",
 ]
@@ -20,6 +21,11 @@ harmless = passes.harmless
 is_compiling = torch.compiler.is_compiling
 _kernel = Kernel(passes, run)
 moments, apply, normalize = _kernel.moments, _kernel.apply, _kernel.normalize
+
+
+def known_number(x: Tensor) -> Tensor | int:
+    """Return a whole number as one of Python, where it is there to be read."""
+    return int(x) if compiled.is_memory(x) and not is_transformed() else x
 
 
 def hold(x: Tensor) -> Tensor:

@@ -25,19 +25,21 @@ if _library is not None and not _library.keras_bn_reads_half():
 _plain = (torch.Tensor, torch.nn.Parameter)
 
 
-def serves(x: Tensor) -> bool:
-    """Say whether the passes take a tensor: memory of the CPU that nobody else looks at."""
+def is_memory(x: Tensor) -> bool:
+    """Say whether a tensor is memory of the CPU, and nobody else looks at what is done with it."""
     return (
-        _library is not None
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and _get_tracing_state() is None
         and not _len_torch_dispatch_stack()
-        and x.dtype in _types
         and x.is_cpu
         and type(x) in _plain
         and not x.is_neg()
-        and x.numel() > 0
     )
+
+
+def serves(x: Tensor) -> bool:
+    """Say whether the passes take a tensor."""
+    return _library is not None and is_memory(x) and x.dtype in _types and x.numel() > 0
 
 
 def moments(
