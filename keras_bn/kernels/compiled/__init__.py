@@ -80,11 +80,16 @@ def library() -> ctypes.CDLL | None:
     for name, types in _ARGUMENTS.items():
         getattr(loaded, f"keras_bn_{name}").argtypes = types
     process = ctypes.CDLL(None)
-    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-    # Without an OpenMP runtime in the process, one thread does all.
-    if all(hasattr(process, name) for name in names):
-        loaded.keras_bn_threads(*(ctypes.cast(getattr(process, name), _DATA) for name in names))
+    if hasattr(process, "GOMP_parallel"):
+        loaded.keras_bn_threads(ctypes.cast(process.GOMP_parallel, _DATA))
     return loaded
+
+
+@cache
+def cores() -> int:
+    """Return how many cores this process may use."""
+    is_told = hasattr(os, "sched_getaffinity")  # on Linux
+    return len(os.sched_getaffinity(0)) if is_told else os.cpu_count() or 1
 
 
 @cache
@@ -112,6 +117,7 @@ def numbers(
     is_given: bool = False,
     varies: bool = False,
     is_training: bool = True,
+    threads: int | None = None,
 ) -> list[int]:
     """Return what a custom call does, beside its operands, as xla_calls.c reads it.
 
@@ -122,10 +128,11 @@ def numbers(
         is_given: Whether gamma is, or the weights are.
         varies: Whether gamma varies within a set.
         is_training: Whether so many tensors are at work that no cache holds the result.
+        threads: How many at most; None for one on each core that this process may use.
     """
     mask = sum(1 << axis for axis in axes)
     options = (is_centered, is_given, varies, is_training)
-    return [mask, together, *map(int, options), os.cpu_count() or 1]
+    return [mask, together, *map(int, options), threads or cores()]
 
 
 @lru_cache(maxsize=4096)

@@ -1,4 +1,4 @@
-/* What a call does, and the threads and the memory that it does it with.
+/* What a call does, and the memory that it does it with.
 
    A cell is what is summed by itself; one or several neighbouring cells make a set, which is
    normalized together. */
@@ -6,12 +6,12 @@
 #ifndef KERAS_BN_JOB_H
 #define KERAS_BN_JOB_H
 
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "lines.h"
 #include "nest.h"
+#include "team.h"
 
 typedef enum { MOMENTS, PRODUCTS, MAPPED_PRODUCTS, MAP, COMBINED } Pass;
 
@@ -50,65 +50,9 @@ struct Job {
     int is_centered, is_training, is_far, is_past_caches;
 };
 
-typedef struct {
-    void (*body)(Job *job, int part);
-    Job *job;
-} Team;
-
-typedef struct {
-    Team *team;
-    int part;
-} Member;
-
-static void (*start)(void (*)(void *), void *, unsigned, unsigned);
-static int (*member_number)(void), (*team_size)(void);
-
-/* Take the threads of an OpenMP runtime: GOMP_parallel, omp_get_thread_num, omp_get_num_threads. */
-void keras_bn_threads(void *parallel, void *thread_number, void *thread_count) {
-    start = (void (*)(void (*)(void *), void *, unsigned, unsigned))parallel;
-    member_number = (int (*)(void))thread_number;
-    team_size = (int (*)(void))thread_count;
-}
-
-static void as_member(void *given) {
-    Team *team = given;
-    /* The runtime may give fewer threads than there are parts. */
-    for (int part = member_number(); part < team->job->parts; part += team_size())
-        team->body(team->job, part);
-}
-
-static void *as_thread(void *given) {
-    Member *member = given;
-    member->team->body(member->team->job, member->part);
-    return NULL;
-}
-
-/* Without a runtime, threads are made for each call, which what is large enough bears. */
-static void in_threads(Team *team) {
-    enum { MOST = 64 };
-    pthread_t threads[MOST];
-    Member members[MOST];
-    int parts = team->job->parts, is_started[MOST] = {0};
-    for (int part = 1; part < parts && part < MOST; part++) {
-        members[part] = (Member){team, part};
-        is_started[part] = !pthread_create(&threads[part], NULL, as_thread, &members[part]);
-    }
-    for (int part = 0; part < parts; part++)
-        if (part >= MOST || !is_started[part]) team->body(team->job, part);
-    for (int part = 1; part < parts && part < MOST; part++)
-        if (is_started[part]) pthread_join(threads[part], NULL);
-}
-
-static void in_parts(void (*body)(Job *, int), Job *job) {
-    Team team = {body, job};
-    if (job->parts == 1) body(job, 0);
-    else if (start) start(as_member, &team, (unsigned)job->parts, 0);
-    else in_threads(&team);
-}
-
 /* Elements that stay in a core's cache beside as many others; bytes that stay in none until they
-   are read again; elements that are not worth waking a thread for, or making one. */
-enum { CHUNK = 1 << 14, LARGE = 1 << 23, SMALL = 1 << 15, MODERATE = 1 << 18 };
+   are read again; elements that are not worth a thread of a runtime, or waking a helper. */
+enum { CHUNK = 1 << 14, LARGE = 1 << 23, SMALL = 1 << 15, MODERATE = 1 << 17 };
 
 /* Say whether each turn of the outermost loop has sets of its own, side by side among all. */
 static int are_apart(const Job *job) {

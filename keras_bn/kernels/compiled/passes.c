@@ -5,7 +5,7 @@
    the mean where that element lies so far off that digits would be lost.
 
    Nothing but the C library is needed. Threads are those of an OpenMP runtime that the process has
-   already (`keras_bn_threads`), so that its pool is shared. */
+   already (`keras_bn_threads`), so that its pool is shared, or our own. */
 
 #include "calls.h"
 #include "stages.h"

@@ -246,8 +246,8 @@ static void sum_and_finish(Job *job, int64_t from, int64_t to, int part) {
     }
 }
 
-static void all_of_part(Job *shared, int part) {
-    Job own = *shared, *job = &own;
+static void all_of_part(void *shared, int part) {
+    Job own = *(Job *)shared, *job = &own;
     int64_t size = job->nest.size[0], end = size * (part + 1) / job->parts;
     int64_t stride = job->nest.stride[CELL][0];
     job->cells.sums += part * job->cells.copy;
@@ -262,12 +262,14 @@ static void all_of_part(Job *shared, int part) {
     finish_copies();
 }
 
-static void sums_of_part(Job *job, int part) {
+static void sums_of_part(void *given, int part) {
+    Job *job = given;
     int64_t size = job->nest.size[0];
     job->sum(job, size * part / job->parts, size * (part + 1) / job->parts, part);
 }
 
-static void finish_of_part(Job *job, int part) {
+static void finish_of_part(void *given, int part) {
+    Job *job = given;
     int64_t sets = job->all / job->together;
     int64_t from = sets * part / job->parts * job->together;
     int64_t to = sets * (part + 1) / job->parts * job->together;
@@ -275,33 +277,36 @@ static void finish_of_part(Job *job, int part) {
     job->finish(job, from, to, part);
 }
 
-static void columns_of_part(Job *job, int part) {
+static void columns_of_part(void *given, int part) {
+    Job *job = given;
     int64_t number = job->columns.number;
     int64_t from = number * part / job->parts, to = number * (part + 1) / job->parts;
     add_to_columns(job, 0, job->all, from, to, 0);
 }
 
-static void map_of_part(Job *job, int part) {
+static void map_of_part(void *given, int part) {
+    Job *job = given;
     int64_t size = job->nest.size[0];
     job->map(job, size * part / job->parts, size * (part + 1) / job->parts, part);
     finish_copies();
 }
 
 static void run(Job *job) {
+    int parts = job->parts, are_many = job->all >= SMALL;
     if (job->sum && are_apart(job)) {
-        in_parts(all_of_part, job);
+        in_parts(all_of_part, job, parts, 1);
         return;
     }
     if (job->sum == sum_moments) find_pivots(job, 0, job->nest.size[0]);
     for (int times = 0; job->sum && times < 2; times++) {
         if (times) clear(job, 0, job->all);
-        in_parts(sums_of_part, job);
-        in_parts(finish_of_part, job);
+        in_parts(sums_of_part, job, parts, 1);
+        in_parts(finish_of_part, job, parts, are_many);
         if (!job->is_far) break;
         job->is_far = 0;
     }
-    if (job->columns.sums && !job->varies) in_parts(columns_of_part, job);
-    if (job->map) in_parts(map_of_part, job);
+    if (job->columns.sums && !job->varies) in_parts(columns_of_part, job, parts, are_many);
+    if (job->map) in_parts(map_of_part, job, parts, 1);
 }
 
 #endif

@@ -3,7 +3,6 @@
 They are operations of a graph, and custom calls where XLA compiles it.
 """
 
-import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -12,7 +11,7 @@ import tensorflow as tf
 
 from keras_bn.core.affine import Affine, Learned
 from keras_bn.core.moments import Moments
-from keras_bn.kernels.compiled import RANK, TYPES, are_in_turn, place
+from keras_bn.kernels.compiled import RANK, TYPES, are_in_turn, cores, place
 from keras_bn.kernels.normalization import Plan, Whole, varies
 from keras_bn.kernels.tensorflow import calls
 from keras_bn.kernels.tensorflow.tracing import (
@@ -62,7 +61,8 @@ def _call(
         **options: The operations' attributes.
     """
     if is_for_xla():
-        return calls.call(name, [*big, *others], results, is_training=is_for_gradients(), **options)
+        options |= {"is_training": is_for_gradients(), "threads": _threads()}
+        return calls.call(name, [*big, *others], results, **options)
     dtype = {"U": results[0][0]} if len(big) == 1 else {}
     operation = getattr(_operations(), f"keras_bn_{name}")
     found = operation(*big, others, threads=_threads(), **dtype, **options)
@@ -187,7 +187,7 @@ def _alike(*parts: Tensor | None) -> list[Tensor] | None:
 
 def _threads() -> int:
     threads: int = tf.config.threading.get_intra_op_parallelism_threads()
-    return threads or os.cpu_count() or 1
+    return threads or cores()
 
 
 def _sums(x: Tensor, axes: Axes) -> list[int | None]:
