@@ -6,6 +6,7 @@ operations.
 
 import ctypes
 import importlib.util
+import math
 import os
 from functools import cache, lru_cache
 from itertools import accumulate
@@ -164,6 +165,22 @@ def dims(
     small = [absent if sizes is None else strides(sizes) for sizes in (weight, cell, column)]
     rows: list[Any] = [number for row in (shape, *large, *small) for number in row]
     return (ctypes.c_int64 * len(rows))(*rows)
+
+
+def corrected(correct: Any, sums: Any) -> list[float] | None:
+    """Return the limits of r and d, far off where there are none.
+
+    Args:
+        correct: A `Correction`.
+        sums: Shape of what there is for each cell.
+
+    Returns:
+        Least and most of r, most of d; None where the passes do not correct so.
+    """
+    if correct.count_kept is not None or not are_in_turn(tuple(correct.mean.shape), sums):
+        return None
+    ends = zip(correct.limits, (-math.inf, math.inf, math.inf), strict=True)
+    return [far if end is None else end for end, far in ends]
 
 
 def are_in_turn(columns: Any, sums: Any) -> bool:

@@ -79,7 +79,7 @@ typedef struct {
     int64_t mask, together, threads;
     int type;
     float epsilon;
-    unsigned char is_centered, varies;
+    unsigned char is_centered, varies, is_corrected;
 } Options;
 
 static int of_dtype(int dtype) {
@@ -103,6 +103,8 @@ static void *create(TF_OpKernelConstruction *construction) {
     TF_OpKernelConstruction_GetAttrFloat(construction, "epsilon", &options->epsilon, status);
     TF_OpKernelConstruction_GetAttrBool(construction, "is_centered", &options->is_centered, status);
     TF_OpKernelConstruction_GetAttrBool(construction, "varies", &options->varies, status);
+    TF_OpKernelConstruction_GetAttrBool(construction, "is_corrected", &options->is_corrected,
+                                        status);
     TF_OpKernelConstruction_GetAttrType(construction, "U", &options->type, status);
     if (TF_GetCode(status)) TF_OpKernelConstruction_Failure(construction, status);
     TF_DeleteStatus(status);
@@ -172,28 +174,33 @@ static void *data_of(const Call *call, int input) {
     return call->inputs[input] ? TF_TensorData(call->inputs[input]) : NULL;
 }
 
+/* What sets are corrected towards, and the limits, are the last inputs. */
 static void normalize(void *kernel, TF_OpKernelContext *context) {
     const Options *options = kernel;
     Call call = call_of(context);
-    int is_done = 0;
+    int is_done = 0, kept = options->is_corrected ? TF_NumInputs(context) - 2 : 0;
     if (!TF_GetCode(call.status)) {
         TF_Tensor *x = call.inputs[0];
-        Shape shape = shape_with(options, x, call.inputs[1], NULL, NULL);
+        int is_learned = kept != 1;
+        Shape shape = shape_with(options, x, is_learned ? call.inputs[1] : NULL, NULL, NULL);
         int type = of_dtype(options->type);
+        double limits[3] = {0};
+        for (int i = 0; kept && i < 3; i++) limits[i] = ((float *)data_of(&call, kept + 1))[i];
         char *y = like_input(&call, &shape, type);
         float *affine = parts_of(context, 1, 3, shape.sums, shape.rank, shape.cells,
                                  &call.outputs[1], call.status);
-        float *rest = parts_of(context, 2, 4, shape.sums, shape.rank, shape.cells,
+        float *rest = parts_of(context, 2, kept ? 6 : 4, shape.sums, shape.rank, shape.cells,
                                &call.outputs[2], call.status);
         is_done = !shape.elements;
         if (!TF_GetCode(call.status) && !is_done)
             is_done = keras_bn_normalize(
-                shape.rank, shape.dims, TF_TensorData(x), of_dtype(TF_TensorType(x)),
-                y, type, data_of(&call, 1),
-                data_of(&call, 2), options->varies,
-                (double)shape.elements / shape.cells, options->together, options->epsilon,
-                options->is_centered, shape.cells, shape.number, affine, rest, NULL, 0, NULL, NULL,
-                1, (int)options->threads);
+                shape.rank, shape.dims, TF_TensorData(x), of_dtype(TF_TensorType(x)), y, type,
+                is_learned ? data_of(&call, 1) : NULL, is_learned ? data_of(&call, 2) : NULL,
+                options->varies, (double)shape.elements / shape.cells, options->together,
+                options->epsilon, options->is_centered, shape.cells, shape.number, affine, rest,
+                kept ? data_of(&call, kept) : NULL,
+                kept ? TF_TensorElementCount(call.inputs[kept]) / 2 : 0, limits,
+                rest + 4 * shape.cells, 1, (int)options->threads);
     }
     finish(&call, is_done);
 }
@@ -330,7 +337,8 @@ static void declare(const char *name, const char *const *outputs, int is_backwar
     static const char *const options[] = {
         "T: {float, bfloat16, half}", "U: {float, bfloat16, half} = DT_FLOAT", "N: int >= 0",
         "axes: list(int) = []", "together: int = 1", "epsilon: float = 0.0",
-        "is_centered: bool = true", "varies: bool = false", "threads: int", NULL};
+        "is_centered: bool = true", "varies: bool = false", "is_corrected: bool = false",
+        "threads: int", NULL};
     TF_Status *status = TF_NewStatus();
     TF_OpDefinitionBuilder *definition = TF_NewOpDefinitionBuilder(name);
     TF_OpDefinitionBuilderAddInput(definition, "x: T");

@@ -160,12 +160,17 @@ static void *further(const Call *call, int i) {
     return call->is.is_given ? operand(call->frame, i) : NULL;
 }
 
+static int64_t elements_of(const Buffer *buffer) {
+    int64_t elements = 1;
+    for (int64_t axis = 0; axis < buffer->rank; axis++) elements *= buffer->dims[axis];
+    return elements;
+}
+
 static int is_empty(const Call *call) {
     if (call->shape.elements) return 0;
     for (int64_t i = 0; i < call->frame->results.size; i++) {
         const Buffer *found = call->frame->results.buffers[i];
-        int64_t elements = 1;
-        for (int64_t axis = 0; axis < found->rank; axis++) elements *= found->dims[axis];
+        int64_t elements = elements_of(found);
         if (elements) memset(found->data, 0, (size_t)elements * sizeof(float)); /* a small one */
     }
     return 1;
@@ -217,18 +222,26 @@ static int combined(const Frame *frame) {
                              (int)call.is.threads);
 }
 
-/* x, gamma and beta; y, maps, and the rest of what `keras_bn_normalize` gives. */
+/* x, gamma and beta, and maybe what to correct towards, with the limits; y, maps, and the rest of
+   what `keras_bn_normalize` gives, with r and d if there is room for them. */
 static int normalize(const Frame *frame) {
     Call call = call_of(frame, 0, 1, 0);
     const Shape *of = &call.shape;
+    int kept = frame->results.buffers[2]->dims[0] == 6 ? call.is.is_given ? 3 : 1 : 0;
+    double limits[3] = {0};
+    for (int i = 0; kept && i < 3; i++) limits[i] = ((float *)operand(frame, kept + 1))[i];
+    float *rest = result(frame, 2);
     return is_empty(&call)
         || keras_bn_normalize(of->rank, of->dims, operand(frame, 0), call.x_type, result(frame, 0),
                               type_of(frame->results.buffers[0]),
                               further(&call, 1),
                               further(&call, 2), (int)call.is.varies,
                               call.count, call.is.together, call.epsilon, (int)call.is.is_centered,
-                              of->cells, of->number, result(frame, 1), result(frame, 2), NULL, 0,
-                              NULL, NULL, (int)call.is.is_training, (int)call.is.threads);
+                              of->cells, of->number, result(frame, 1), rest,
+                              kept ? operand(frame, kept) : NULL,
+                              kept ? elements_of(frame->operands.buffers[kept]) / 2 : 0, limits,
+                              rest + 4 * of->cells, (int)call.is.is_training,
+                              (int)call.is.threads);
 }
 
 /* x, dy, maps and gamma; dx, and the gradients of beta and gamma. */

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from keras_bn.core.affine import AS_IS, Learned
+from keras_bn.core.estimators import Correction, Limits
 from keras_bn.core.moments import Moments
 from keras_bn.core.pooling import Pooling
 from keras_bn.kernels import normalization
@@ -26,8 +27,11 @@ def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments]
     return y, moments
 
 
-def _whole(how: How, x: Tensor, *learned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, each cell's center, scale and shift, and its offset and m2, then two zeros."""
+def _whole(how: How, x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, each cell's center, scale and shift, and its offset, m2, two zeros, maybe r and d.
+
+    What is learned comes first, then what sets are corrected towards, and the limits.
+    """
 
     def total(cells: Tensor) -> Tensor:
         sets = cells.reshape(-1, how.together)
@@ -35,9 +39,14 @@ def _whole(how: How, x: Tensor, *learned: Tensor) -> tuple[Tensor, Tensor, Tenso
 
     sets = (total, how.together, True) if how.together > 1 else ()
     pooling = Pooling(how.axes, None, *sets)._replace(is_centered=how.is_centered)
-    plan = Plan(pooling, how.epsilon, how.dtype)
-    given = Learned(*learned) if learned else AS_IS
+    correct = None
+    if how.is_corrected:
+        *others, kept, limits = others
+        correct = Correction(kept[0], kept[1], Limits(*limits), how.epsilon)
+    plan = Plan(pooling, how.epsilon, how.dtype, correct)
+    given = Learned(*others) if others else AS_IS
     y, moments, seen = normalization.normalize(parts, x, given, plan)
     zero = jnp.zeros_like(moments.m2)
     affine = [zero if part is None else part for part in seen.affine]
-    return y, jnp.stack(affine), jnp.stack([moments.offset, moments.m2, zero, zero])
+    rest = [moments.offset, moments.m2, zero, zero, *(seen.correction or ())]
+    return y, jnp.stack(affine), jnp.stack(rest)

@@ -16,7 +16,7 @@ from jax.interpreters import ad
 
 from keras_bn.core.affine import Learned
 from keras_bn.core.moments import Moments
-from keras_bn.kernels.compiled import RANK, are_in_turn, call_types, numbers, xla_calls
+from keras_bn.kernels.compiled import RANK, are_in_turn, call_types, corrected, numbers, xla_calls
 from keras_bn.kernels.jax.operation import How, operation
 from keras_bn.kernels.normalization import Plan, varies
 from keras_bn.types import Tensor
@@ -76,9 +76,6 @@ def normalize(
         learned: gamma and beta.
         plan: What to do, in one pass.
     """
-    if plan.correct is not None:
-        return None
-    parts = _filled(learned)
     how = How(
         plan.pooling.axes,
         plan.dtype,
@@ -86,13 +83,15 @@ def normalize(
         plan.pooling.together or 1,
         plan.pooling.is_centered,
         varies(learned, plan.pooling.axes),
+        is_corrected=plan.correct is not None,
     )
     sums = _sums(how, x)
-    if not serves(x, *parts, dtype=plan.dtype) or not all(
-        _is_taken(part, sums, how) for part in parts
-    ):
+    parts, kept = _filled(learned), _kept(plan.correct, sums)
+    if kept is None or not serves(x, *parts, *kept, dtype=plan.dtype):
         return None
-    y, affine, rest = _normalized((plain, how), x, *parts)
+    if not all(_is_taken(part, sums, how) for part in parts):
+        return None
+    y, affine, rest = _normalized((plain, how), x, *parts, *kept)
     count = x.size // math.prod(sums) * how.together
     affine, rest = jax.lax.stop_gradient((affine, rest))
     return y, Moments(count, affine[0], rest[0], rest[1])
@@ -107,6 +106,17 @@ def _filled(learned: Learned) -> list[Tensor]:
     return [gamma, jnp.zeros_like(gamma) if beta is None else beta]
 
 
+def _kept(correct: Any, sums: Axes) -> list[Tensor] | None:
+    """Return what sets are corrected towards, and the limits; None if that is not taken."""
+    if correct is None:
+        return []
+    limits = corrected(correct, sums)
+    if limits is None or correct.mean.dtype != jnp.float32:
+        return None
+    kept = [jnp.stack([correct.mean, correct.stddev]), jnp.stack(limits).astype("float32")]
+    return [jax.lax.stop_gradient(part) for part in kept]
+
+
 def _is_taken(part: Tensor, sums: Axes, how: How) -> bool:
     """Say whether the passes take gamma or beta."""
     return part.dtype == jnp.float32 and (how.varies or are_in_turn(part.shape, sums))
@@ -117,9 +127,9 @@ def _is_taken(part: Tensor, sums: Axes, how: How) -> bool:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _normalized(what: tuple[Any, How], x: Tensor, *learned: Tensor) -> Any:
+def _normalized(what: tuple[Any, How], x: Tensor, *others: Tensor) -> Any:
     plain, how = what
-    return tuple(_normalize.bind(x, *learned, plain=plain, how=how))
+    return tuple(_normalize.bind(x, *others, plain=plain, how=how))
 
 
 @_normalized.defjvp
@@ -127,8 +137,21 @@ def _normalized_jvp(what: tuple[Any, How], primals: Any, tangents: Any) -> Any:
     plain, how = what
     how = how._replace(is_training=True)
     y, affine, rest = _normalized((plain, how), *primals)
+    if how.is_corrected:
+        primals, tangents = _composed(primals[:-2], tangents[:-2], rest[4], rest[5])
+        how = how._replace(is_corrected=False)
     (dy,) = _movement.bind(*primals, affine, *tangents, plain=plain, how=how)
     return (y, affine, rest), (dy, jnp.zeros_like(affine), jnp.zeros_like(rest))
+
+
+def _composed(primals: Any, tangents: Any, r: Tensor, d: Tensor) -> tuple[Any, Any]:
+    """Return x, gamma·r and gamma·d + beta, and their movements: r and d are constants."""
+
+    def composed(x: Tensor, *learned: Tensor) -> tuple[Tensor, ...]:
+        gamma, beta = learned or (jnp.ones_like(r), jnp.zeros_like(r))
+        return x, gamma * r, gamma * d + beta
+
+    return jax.jvp(composed, primals, tangents)
 
 
 def _plain_y(plain: Any, how: How, x: Tensor, *learned: Tensor) -> Tensor:
@@ -175,8 +198,9 @@ def _call_moments(how: How, _: Any, *counted: Any) -> dict[str, Any]:
     return _call(how, is_given=bool(counted))
 
 
-def _call_normalize(how: How, _: Any, *learned: Any) -> dict[str, Any]:
-    return _call(how, is_given=bool(learned), is_training=how.is_training)
+def _call_normalize(how: How, _: Any, *others: Any) -> dict[str, Any]:
+    is_given = len(others) > 2 * how.is_corrected
+    return _call(how, is_given=is_given, is_training=how.is_training)
 
 
 def _call_gradients(how: How, *inputs: Any) -> dict[str, Any]:
@@ -195,7 +219,7 @@ _normalize = operation(
     lambda how, x, *_: [
         (x.shape, how.dtype),
         ((3, *_sums(how, x)), jnp.float32),
-        ((4, *_sums(how, x)), jnp.float32),
+        ((6 if how.is_corrected else 4, *_sums(how, x)), jnp.float32),
     ],
     _call_normalize,
 )

@@ -24,6 +24,7 @@ class How(NamedTuple):
         is_centered: Whether moments are about the mean.
         varies: Whether gamma varies within a set.
         is_training: Whether so many tensors are at work that no cache holds the result.
+        is_corrected: Whether the last two inputs say towards what sets are corrected.
     """
 
     axes: Axes
@@ -33,6 +34,7 @@ class How(NamedTuple):
     is_centered: bool = True
     varies: bool = False
     is_training: bool = False
+    is_corrected: bool = False
 
 
 def operation(

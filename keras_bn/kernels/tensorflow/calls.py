@@ -49,6 +49,7 @@ def call(
     results: Iterable[Type],
     axes: Sequence[int] = (),
     epsilon: float = 0.0,
+    is_corrected: bool = False,
     **options: Any,
 ) -> list[Tensor]:
     """Return the results of a pass.
@@ -59,11 +60,12 @@ def call(
         results: Their dtypes and shapes. The last axes are those of x; so are sizes not known.
         axes: Summed over.
         epsilon: Added to the variance.
+        is_corrected: Whether the last two inputs say towards what.
         **options: What `numbers` takes.
     """
     given = tuple((part.dtype.name, tuple(part.shape)) for part in inputs)
     found = tuple((dtype, tuple(shape)) for dtype, shape in results)
-    is_given = len(inputs) > _LEAST[name]
+    is_given = len(inputs) - 2 * is_corrected > _LEAST[name]
     what = numbers(tuple(axes), is_given=is_given, **options)
     module = _module(name, given, found, tuple(what), epsilon)
     made: list[Tensor] = xla.call_module(

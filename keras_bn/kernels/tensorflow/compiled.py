@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from keras_bn.core.affine import Affine, Learned
 from keras_bn.core.moments import Moments
-from keras_bn.kernels.compiled import RANK, TYPES, are_in_turn, cores, place
+from keras_bn.kernels.compiled import RANK, TYPES, are_in_turn, cores, corrected, place
 from keras_bn.kernels.normalization import Plan, Whole, varies
 from keras_bn.kernels.tensorflow import calls
 from keras_bn.kernels.tensorflow.tracing import (
@@ -86,18 +86,19 @@ def normalize(
     Returns:
         All three, or None.
     """
-    if plan.correct is not None or not _serves(x, plan.dtype):
+    if not _serves(x, plan.dtype):
         return None
     sums = _sums(x, plan.pooling.axes)
-    parts = _filled(learned, sums, plan)
-    if parts is None:
+    parts, kept = _filled(learned, sums, plan), _kept(plan, sums)
+    if parts is None or kept is None:
         return None
-    results = [(plan.dtype, x.shape), ("float32", [3, *sums]), ("float32", [4, *sums])]
-    y, affine, rest = _call(
-        "normalize", [x], parts, results, epsilon=plan.epsilon, **_options(learned, plan)
-    )
+    rows = 6 if kept else 4
+    results = [(plan.dtype, x.shape), ("float32", [3, *sums]), ("float32", [rows, *sums])]
+    options = _options(learned, plan) | {"epsilon": plan.epsilon, "is_corrected": bool(kept)}
+    y, affine, rest = _call("normalize", [x], [*parts, *kept], results, **options)
     count = number(x, plan.pooling.axes) * (plan.pooling.together or 1)
-    return y, Moments(count, affine[0], rest[0], rest[1]), Whole(affine, None)
+    correction = (rest[4], rest[5]) if kept else None
+    return y, Moments(count, affine[0], rest[0], rest[1]), Whole(affine, correction)
 
 
 def gradients(
@@ -106,7 +107,9 @@ def gradients(
     """Return the gradients of x and of what is learned, from the maps that `normalize` gave."""
     if is_for_each_of_many():
         return None
-    parts: Any = _filled(learned, whole.affine.shape[1:], plan)
+    parts = _filled(learned, whole.affine.shape[1:], plan)
+    if parts is None:  # of sets whose number is not known
+        return None
     columns = parts[0].shape if parts else [1] * x.shape.rank
     dx, found = _call(
         "gradients",
@@ -192,6 +195,17 @@ def _threads() -> int:
 
 def _sums(x: Tensor, axes: Axes) -> list[int | None]:
     return [1 if axis in axes else size for axis, size in enumerate(x.shape)]
+
+
+def _kept(plan: Plan, sums: Any) -> list[Tensor] | None:
+    """Return what sets are corrected towards, and the limits; None if that is not taken."""
+    correct: Any = plan.correct
+    if correct is None:
+        return []
+    limits = corrected(correct, sums)
+    if limits is None or correct.mean.dtype != tf.float32:
+        return None
+    return [tf.stack([correct.mean, correct.stddev]), tf.stack(limits)]
 
 
 def _filled(learned: Learned, sums: Any, plan: Plan) -> list[Tensor] | None:

@@ -12,7 +12,7 @@ from torch._C import (  # nothing public says who looks at the operations of a p
 
 from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.moments import Moments
-from keras_bn.kernels.compiled import TYPES, are_in_turn, dims, library
+from keras_bn.kernels.compiled import TYPES, are_in_turn, corrected, dims, library
 from keras_bn.kernels.normalization import Plan, Whole, varies
 from keras_bn.types import Tensor
 
@@ -170,18 +170,8 @@ def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments,
 def gradients(
     x: Tensor, dy: Tensor, learned: Learned, whole: Whole, plan: Plan
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of x and of what is learned, from the maps that `normalize` gave.
-
-    With r and d these are of one part for each set.
-    """
+    """Return the gradients of x and of what is learned, from the maps that `normalize` gave."""
     affine = whole.affine
-    if whole.correction is not None:
-        r, d = whole.correction
-        gamma = r if learned.gamma is None else r * learned.gamma
-        alone = Learned(gamma, torch.zeros_like(gamma))
-        dx, second, first = gradients(x, dy, alone, Whole(affine, None), plan)
-        pairs = zip((r * second + d * first, first), learned, strict=True)
-        return dx, *(gradient for gradient, part in pairs if part is not None)
     if dy.dtype not in _types or dy.stride() != x.stride():
         dy = torch.empty_like(x).copy_(dy)
     dx, work = torch.empty_like(x), torch.empty_like(affine)
@@ -222,13 +212,11 @@ def _kept(plan: Plan, sums: Axes) -> _Kept | None:
     correct: Any = plan.correct
     if correct is None:
         return _Kept(None, 0, None)
-    parts = _dense(correct.mean, correct.stddev)
-    shape = tuple(correct.mean.shape)
-    if parts is None or correct.count_kept is not None or not are_in_turn(shape, sums):
+    parts, limits = _dense(correct.mean, correct.stddev), corrected(correct, sums)
+    if parts is None or limits is None:
         return None
-    ends = zip(correct.limits, (-math.inf, math.inf, math.inf), strict=True)
-    limits = (ctypes.c_double * 3)(*(far if end is None else float(end) for end, far in ends))
-    return _Kept(torch.stack(parts), math.prod(shape), limits)
+    given = (ctypes.c_double * 3)(*map(float, limits))
+    return _Kept(torch.stack(parts), correct.mean.numel(), given)
 
 
 class _Columns(NamedTuple):
