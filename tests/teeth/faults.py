@@ -75,10 +75,10 @@ CENTER_LATE = {
 }[BACKEND]
 # Elsewhere r and d are constants of a step, whatever they carry.
 CORRECTED = {
-    False: (STEPS, "r * second + d * first, first", "r * second, first", FUZZ.format(4)),
+    False: (STEPS, "else r * second + d * first, first", "else r * second, first", FUZZ.format(4)),
     True: (
         "core/estimators.py",
-        "return ops.stop_gradient(r), ops.stop_gradient(d)",
+        "return native.stop_gradient(r), native.stop_gradient(d)",
         "return r, d",
         FUZZ.format(4),
     ),

@@ -1,0 +1,245 @@
+"""The passes in C as operations of TensorFlow and as calls of its XLA: right in both."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_bn.core.affine import Learned
+from keras_bn.core.estimators import Correction, Limits
+from keras_bn.core.pooling import Pooling, group_total
+from keras_bn.kernels import reference
+from keras_bn.kernels.compiled import place
+from tests.kernels import hard
+from tests.kernels.compiled_cases import compare, compare_weighted, drawn, every_case, every_weight
+
+if keras.backend.backend() != "tensorflow":
+    pytest.skip("operations of TensorFlow", allow_module_level=True)
+if place("tensorflow_ops") is None:
+    pytest.skip("built without a compiler, or switched off", allow_module_level=True)
+
+import tensorflow as tf
+
+import keras_bn
+from keras_bn import kernels
+from keras_bn.kernels.tensorflow import calls, compiled
+
+U = hard.unit_roundoff("float32")
+every_way = pytest.mark.parametrize("xla", [False, True], ids=["graph", "XLA"])
+
+
+def traced(function, *arrays, xla, unknown=True):
+    """Return a function as a graph, which knows no size of its first argument's first axis."""
+    given = [tf.constant(array) for array in arrays]
+    specs = [tf.TensorSpec(part.shape, part.dtype) for part in given]
+    if unknown:
+        specs[0] = tf.TensorSpec([None, *given[0].shape[1:]], given[0].dtype)
+    graph = tf.function(function, jit_compile=xla).get_concrete_function(*specs)
+    return graph, given
+
+
+def operations(graph):
+    """Return the operations of ours."""
+    found = {operation.type for operation in graph.graph.get_operations()}
+    return {name for name in found if name.startswith("KerasBn") or name == "XlaCallModule"}
+
+
+def whole(axes, dtype="float32", correct=None):
+    """Return y, the variance and the gradients of x, gamma and beta."""
+
+    def function(x, dy, *learned):
+        given = Learned(*learned) if learned else Learned(None, None)
+        with tf.GradientTape() as tape:
+            tape.watch([x, *learned])
+            y, moments = kernels.normalize(
+                x, Pooling(axes), given, hard.EPSILON, dtype, correct=correct
+            )
+        return y, moments.variance, *tape.gradient(y, [x, *learned], tf.cast(dy, y.dtype))
+
+    return function
+
+
+@every_case
+@every_way
+@pytest.mark.parametrize(
+    ("dtype", "mean"), [("float32", 0.0), ("float32", 1e4), ("float16", 0.5), ("bfloat16", 0.5)]
+)
+def test_normalization_and_its_gradients_are_right(shape, axes, varied, dtype, mean, xla):
+    x, dy, gamma, beta = drawn(shape, axes, varied, mean, dtype)
+    is_unknown = 0 not in varied and 0 in axes
+    graph, given = traced(whole(axes, dtype), x, dy, gamma, beta, xla=xla, unknown=is_unknown)
+    names = {"XlaCallModule"} if xla else {"KerasBnNormalize", "KerasBnGradients"}
+    assert operations(graph) == names
+    found = [np.asarray(part, "float64") for part in graph(*given)]
+    compare(found, x, dy, gamma, beta, axes, dtype)
+
+
+@every_way
+@pytest.mark.parametrize("axis", [1, 2], ids=["first", "last"])
+def test_groups_are_merged_as_the_core_merges_them(axis, xla):
+    rng = np.random.default_rng(0)
+    x = rng.normal(rng.normal(0, 30, 24), 1, (6, 130, 24)).astype("float32")
+    x = x if axis == 2 else np.moveaxis(x, 2, 1).copy()
+    pooling = Pooling((3 - axis,), None, group_total(axis, 24, 4), 6, are_neighbours=True)
+
+    def normalized(x):
+        with tf.GradientTape():
+            return kernels.normalize(x, pooling, Learned(None, None), 1e-3, "float32")[0]
+
+    graph, given = traced(normalized, x, xla=xla)
+    assert operations(graph)
+    groups = np.moveaxis(x, axis, 1).reshape(len(x), 4, -1)
+    exact = reference.moments(groups, (2,))
+    z = reference.normalize(groups, (2,), epsilon=1e-3)
+    found = np.moveaxis(graph(*given).numpy(), axis, 1).reshape(groups.shape)
+    assert hard.share(found - z, hard.output_bound(z, exact, U)) <= 1
+
+
+@every_way
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)], ids=str)
+@every_weight
+def test_weights_count_and_what_lies_under_a_0_does_not(axes, sizes, xla):
+    def moments(x, weights, count):
+        function = lambda x, w, n: compiled.moments(x, w, n, axes)  # noqa: E731
+        graph, given = traced(under_a_tape(function), x, weights, count, xla=xla, unknown=False)
+        assert operations(graph)
+        return [part.numpy() for part in graph(*given)]
+
+    compare_weighted(moments, sizes, axes)
+
+
+def under_a_tape(function):
+    def taped(*given):
+        with tf.GradientTape():
+            return function(*given)
+
+    return taped
+
+
+LIMITS = {"none": (None, None, None), "some": (None, 1.5, 0.1), "all": (0.8, 1.2, 0.3)}
+
+
+@every_way
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
+@pytest.mark.parametrize("learned", [True, False], ids=["learned", "as it is"])
+@pytest.mark.parametrize("shape", [(700, 24), (8, 90, 24)], ids=["one batch", "ghosts"])
+def test_sets_are_corrected_as_the_core_corrects_them(shape, learned, limits, xla):
+    rng = np.random.default_rng(0)
+    scales, means = rng.uniform(0.5, 3, 24), rng.normal(0, 9, 24)
+    x, dy = (rng.normal(means, scales, shape).astype("float32") for _ in range(2))
+    sizes = (1,) * (x.ndim - 1) + (24,)
+    mean, stddev, gamma, beta = rng.uniform(0.5, 2, (4, *sizes)).astype("float32")
+    ends = Limits(*(None if end is None else tf.constant(end) for end in limits))
+    correct = Correction(tf.constant(mean), tf.constant(stddev), ends, hard.EPSILON)
+    given = [x, dy, gamma, beta] if learned else [x, dy]
+    axes, results = (x.ndim - 2,), []
+    for own in (correct, lambda batch: correct(batch)):
+        graph, parts = traced(whole(axes, correct=own), *given, xla=xla)
+        results.append([part.numpy() for part in graph(*parts)])
+        names = {"XlaCallModule"} if xla else {"KerasBnNormalize"}
+        assert (own is not correct and not xla) or operations(graph) >= names
+    for found, wanted in zip(*results, strict=True):
+        assert np.allclose(found, wanted, rtol=2e-5, atol=2e-5 * np.abs(wanted).max())
+
+
+LAYERS = {
+    "batch": (keras_bn.BatchNormalization, {}, {"training": True}),
+    "renormalization": (keras_bn.BatchRenormalization, {}, {"training": True}),
+    "ghosts": (keras_bn.BatchNormalization, {"virtual_batch_size": 2}, {"training": True}),
+    "groups": (keras_bn.GroupNormalization, {"groups": 4}, {}),
+    "root mean square": (keras_bn.RMSNormalization, {}, {}),
+    "nothing learned": (keras_bn.LayerNormalization, {"scale": False, "center": False}, {}),
+}
+every_layer = pytest.mark.parametrize(("kind", "options", "use"), LAYERS.values(), ids=LAYERS)
+
+
+def gradients_of(layer, use):
+    def function(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tf.reduce_sum(tf.sin(layer(x, **use)))
+        weights = [weight.value for weight in layer.trainable_variables]
+        return tape.gradient(y, [x, *weights])
+
+    return function
+
+
+@every_layer
+def test_one_program_serves_any_batch_size(kind, options, use):
+    layer = kind(**options)
+    layer.build((None, 5, 16))
+    step = gradients_of(layer, use)
+    any_size = [tf.TensorSpec((None, 5, 16))]
+    compiled_step = tf.function(step, jit_compile=True, input_signature=any_size)
+    for size in (6, 9):
+        x = tf.random.stateless_normal((size, 5, 16), (0, size))
+        state = [weight.numpy() for weight in layer.non_trainable_variables]
+        found = compiled_step(x)
+        for weight, value in zip(layer.non_trainable_variables, state, strict=True):
+            weight.assign(value)
+        for own, wanted in zip(found, step(x), strict=True):
+            assert np.allclose(own, wanted, atol=1e-4)
+    assert operations(compiled_step.get_concrete_function()) == {"XlaCallModule"}
+
+
+@every_layer
+def test_an_empty_batch_has_gradients_of_0(kind, options, use):
+    layer = kind(**options)
+    layer.build((None, 5, 16))
+    any_size = [tf.TensorSpec((None, 5, 16))]
+    step = tf.function(gradients_of(layer, use), jit_compile=True, input_signature=any_size)
+    for part in step(tf.zeros((0, 5, 16))):
+        assert not np.any(part)
+
+
+def test_a_gradient_may_be_asked_for_outside():
+    layer = keras_bn.GroupNormalization(4)
+    layer.build((6, 5, 16))
+    x, found = tf.random.stateless_normal((6, 5, 16), (0, 0)), []
+    for function in (tf.function(layer.__call__, jit_compile=True), layer):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tf.reduce_sum(tf.sin(function(x)))
+        found.append(tape.gradient(y, x))
+    assert np.allclose(*found, atol=1e-5)
+
+
+def test_inference_goes_through_the_passes_under_xla_alone():
+    layer = keras_bn.GroupNormalization(4)
+    layer.build((None, 5, 16))
+    x = np.random.default_rng(0).normal(size=(6, 5, 16)).astype("float32")
+    graph, given = traced(layer.__call__, x, xla=True)
+    assert operations(graph) == {"XlaCallModule"}
+    plain, _ = traced(layer.__call__, x, xla=False)
+    assert not operations(plain)
+    assert np.allclose(graph(*given), plain(*given), atol=1e-5)
+
+
+# What Keras exports is no function for XLA, whatever the model trains and predicts with.
+def test_a_model_that_xla_compiles_is_exported_without_operations_of_ours(tmp_path):
+    model = keras.Sequential([keras.Input((5, 16)), keras_bn.GroupNormalization(4)])
+    model.compile("sgd", "mse", jit_compile=True)
+    x = np.random.default_rng(0).normal(3, 1, (6, 5, 16)).astype("float32")
+    model.fit(x, x, verbose=0)
+    predicted = model.predict(x, verbose=0)
+    model.export(tmp_path / "model", verbose=False)
+    saved = tf.saved_model.load(tmp_path / "model")
+    assert not operations(saved.signatures["serving_default"])
+    assert np.allclose(saved.serve(x), predicted, atol=1e-5)
+
+
+def test_without_such_calls_xla_gets_the_plain_kernels(monkeypatch):
+    layer = keras_bn.LayerNormalization()
+    layer.build((None, 5, 16))
+    x = tf.random.stateless_normal((6, 5, 16), (0, 0))
+    step = gradients_of(layer, {})
+    monkeypatch.setattr(calls, "are_known", lambda: False)
+    graph = tf.function(step, jit_compile=True).get_concrete_function(tf.TensorSpec(x.shape))
+    assert not operations(graph)
+    for own, wanted in zip(graph(x), step(x), strict=True):
+        assert np.allclose(own, wanted, atol=1e-4)
+
+
+def test_eight_axes_are_not_served():
+    x = tf.zeros((1,) * 7 + (3,))
+    with tf.GradientTape():
+        assert compiled.moments(x, None, 3, (7,)) is None
