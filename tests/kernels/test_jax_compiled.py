@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from keras_bn.core.affine import Learned
+from keras_bn.core.estimators import Correction, Limits
 from keras_bn.core.pooling import Pooling, group_total
 from keras_bn.kernels import reference
 from keras_bn.kernels.compiled import library, numbers
@@ -112,6 +113,7 @@ DERIVATIVES = {
 }
 LAYERS = {
     "batch": (keras_bn.BatchNormalization, {}, {"training": True}),
+    "renormalization": (keras_bn.BatchRenormalization, {}, {"training": True}),
     "groups": (keras_bn.GroupNormalization, {"groups": 4}, {}),
     "layer": (keras_bn.LayerNormalization, {}, {}),
     "root mean square": (keras_bn.RMSNormalization, {}, {}),
@@ -138,6 +140,37 @@ def test_derivatives_are_those_of_the_plain_kernels(kind, options, use, derivati
     wanted = jit(lambda x, v: derivative(scalar, x, v))(x, v)
     scale = float(jnp.max(jnp.abs(wanted)))
     assert np.allclose(found, wanted, rtol=1e-4, atol=2e-5 * scale)
+
+
+LIMITS = {"none": (None, None, None), "some": (None, 1.5, 0.1), "all": (0.8, 1.2, 0.3)}
+
+
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
+@pytest.mark.parametrize("learned", [True, False], ids=["learned", "as it is"])
+@pytest.mark.parametrize("shape", [(700, 24), (8, 90, 24)], ids=["one batch", "ghosts"])
+def test_sets_are_corrected_as_the_core_corrects_them(shape, learned, limits):
+    rng = np.random.default_rng(0)
+    scales, means = rng.uniform(0.5, 3, 24), rng.normal(0, 9, 24)
+    x, dy = (rng.normal(means, scales, shape).astype("float32") for _ in range(2))
+    sizes = (1,) * (x.ndim - 1) + (24,)
+    mean, stddev, gamma, beta = jnp.asarray(rng.uniform(0.5, 2, (4, *sizes)), "float32")
+    correct = Correction(mean, stddev, Limits(*limits), hard.EPSILON)
+    given, pooling, results = ((gamma, beta) if learned else ()), Pooling((x.ndim - 2,)), []
+    for own in (correct, lambda batch: correct(batch)):
+
+        def normalized(x, *parts, own=own):
+            parts = Learned(*parts) if parts else Learned(None, None)
+            return kernels.normalize(x, pooling, parts, hard.EPSILON, "float32", correct=own)[0]
+
+        def all_of(x, *parts, normalized=normalized):
+            y, pull = jax.vjp(normalized, x, *parts)
+            return y, *pull(jnp.asarray(dy))
+
+        names = set(CALL.findall(jax.jit(all_of).lower(x, *given).as_text()))
+        assert names == ({"normalize", "gradients"} if own is correct else {"moments"})
+        results.append(jax.jit(all_of)(x, *given))
+    for found, wanted in zip(*results, strict=True):
+        assert np.allclose(found, wanted, rtol=2e-5, atol=2e-5 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize(("kind", "options", "use"), LAYERS.values(), ids=LAYERS)

@@ -243,3 +243,14 @@ def test_eight_axes_are_not_served():
     x = tf.zeros((1,) * 7 + (3,))
     with tf.GradientTape():
         assert compiled.moments(x, None, 3, (7,)) is None
+
+
+# The gradient is asked for where no tape is recording any more.
+@every_way
+def test_a_masked_step_goes_through_the_passes_both_ways(xla):
+    layer, mask = keras_bn.BatchNormalization(), tf.constant([[True, True, False]] * 6)
+    layer.build((None, 3, 16))
+    x = np.random.default_rng(0).normal(size=(6, 3, 16)).astype("float32")
+    graph, _ = traced(gradients_of(layer, {"training": True, "mask": mask}), x, xla=xla)
+    names = {"KerasBnMoments", "KerasBnMap", "KerasBnProducts", "KerasBnCombined"}
+    assert operations(graph) == ({"XlaCallModule"} if xla else names)

@@ -111,7 +111,7 @@ def call_types() -> frozenset[str]:
 
 
 def numbers(
-    axes: Shape,
+    axes: tuple[int, ...],
     together: int = 1,
     is_centered: bool = True,
     *,
@@ -131,7 +131,7 @@ def numbers(
         is_training: Whether so many tensors are at work that no cache holds the result.
         threads: How many at most; None for one on each core that this process may use.
     """
-    mask = sum(1 << axis for axis in axes)
+    mask = sum(2**axis for axis in axes)
     options = (is_centered, is_given, varies, is_training)
     return [mask, together, *map(int, options), threads or cores()]
 

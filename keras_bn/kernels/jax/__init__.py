@@ -1,5 +1,7 @@
 """The kernels in JAX."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from keras_bn.core.affine import AS_IS, Learned
@@ -39,12 +41,12 @@ def _whole(how: How, x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor
 
     sets = (total, how.together, True) if how.together > 1 else ()
     pooling = Pooling(how.axes, None, *sets)._replace(is_centered=how.is_centered)
-    correct = None
+    *learned, kept, limits = others if how.is_corrected else (*others, None, None)
+    correct: Any = None
     if how.is_corrected:
-        *others, kept, limits = others
         correct = Correction(kept[0], kept[1], Limits(*limits), how.epsilon)
     plan = Plan(pooling, how.epsilon, how.dtype, correct)
-    given = Learned(*others) if others else AS_IS
+    given = Learned(*learned) if learned else AS_IS
     y, moments, seen = normalization.normalize(parts, x, given, plan)
     zero = jnp.zeros_like(moments.m2)
     affine = [zero if part is None else part for part in seen.affine]

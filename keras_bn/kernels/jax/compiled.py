@@ -151,7 +151,8 @@ def _composed(primals: Any, tangents: Any, r: Tensor, d: Tensor) -> tuple[Any, A
         gamma, beta = learned or (jnp.ones_like(r), jnp.zeros_like(r))
         return x, gamma * r, gamma * d + beta
 
-    return jax.jvp(composed, primals, tangents)
+    made: tuple[Any, Any] = jax.jvp(composed, primals, tangents)
+    return made
 
 
 def _plain_y(plain: Any, how: How, x: Tensor, *learned: Tensor) -> Tensor:

@@ -87,36 +87,31 @@ def _module(
     options: tuple[int, ...],
     epsilon: float,
 ) -> bytes:
-    """Return the program."""
+    """Return the program: the call, and before it the sizes of its results."""
     lines: list[str] = []
-    operands = [f"%x{i}" for i in range(len(given))]
-    types = [_text(*type_) for type_ in given]
-    signature = ", ".join(map("{}: {}".format, operands, types))
-    attributes = [
-        f"numbers = dense<{list(options)}> : tensor<{len(options)}xi64>",
-        f"epsilon = dense<{epsilon:.17e}> : tensor<1xf64>",
-    ]
-    config = [
-        "api_version = 4 : i32",
-        f"backend_config = {{{', '.join(attributes)}}}",
-    ]
-    if any(None in sizes for _, sizes in found):
-        last = len(operands)
-        rank = len(given[0][1])
-        for i, (_, sizes) in enumerate(found):
-            lines += _sizes(f"%s{i}", sizes, rank, types[0])
-            operands.append(f"%s{i}")
-            types.append(f"tensor<{len(sizes)}xi32>")
-        places = list(range(last, len(operands)))
-        config.append(f"indices_of_shape_operands = dense<{places}> : tensor<{len(places)}xi64>")
+    operands = {f"%x{i}": _text(*type_) for i, type_ in enumerate(given)}
+    signature = ", ".join(f"{operand}: {type_}" for operand, type_ in operands.items())
     outputs = ", ".join(_text(*type_) for type_ in found)
-    body = "\n".join(lines)
+    config = f"""
+        api_version = 4 : i32,
+        backend_config = {{
+          numbers = dense<{list(options)}> : tensor<{len(options)}xi64>,
+          epsilon = dense<{epsilon:.17e}> : tensor<1xf64>
+        }}"""
+    if any(None in sizes for _, sizes in found):
+        places = list(range(len(given), len(given) + len(found)))
+        config += f""",
+        indices_of_shape_operands = dense<{places}> : tensor<{len(places)}xi64>"""
+        for i, (_, sizes) in enumerate(found):
+            lines += _sizes(f"%s{i}", sizes, len(given[0][1]), operands["%x0"])
+            operands[f"%s{i}"] = f"tensor<{len(sizes)}xi32>"
+    # TensorFlow fills in sizes where the program says that JAX left some open.
     return f"""
 module @keras_bn attributes {{jax.uses_shape_polymorphism = true}} {{
   func.func public @main({signature}) -> ({outputs}) {{
-{body}
-    %y:{len(found)} = stablehlo.custom_call @keras_bn_{name}({", ".join(operands)})
-      {{{", ".join(config)}}} : ({", ".join(types)}) -> ({outputs})
+    {"".join(lines)}
+    %y:{len(found)} = stablehlo.custom_call @keras_bn_{name}({", ".join(operands)}) {{{config}
+    }} : ({", ".join(operands.values())}) -> ({outputs})
     return {", ".join(f"%y#{i}" for i in range(len(found)))} : {outputs}
   }}
 }}
@@ -124,28 +119,24 @@ module @keras_bn attributes {{jax.uses_shape_polymorphism = true}} {{
 
 
 def _text(dtype: str, sizes: Sizes) -> str:
-    return (
-        f"tensor<{''.join('?x' if size is None else f'{size}x' for size in sizes)}{_NAMES[dtype]}>"
-    )
+    each = ("?x" if size is None else f"{size}x" for size in sizes)
+    return f"tensor<{''.join(each)}{_NAMES[dtype]}>"
 
 
 def _sizes(name: str, sizes: Sizes, rank: int, x: str) -> list[str]:
     """Return the statements that give the sizes of a result a name."""
-    lines, parts = [], []
+    lines = []
     for i, size in enumerate(sizes):
-        part = f"{name}_{i}"
-        parts.append(part)
-        if size is not None:
-            lines.append(f"{part} = stablehlo.constant dense<{size}> : tensor<1xi32>")
-            continue
         axis = i + rank - len(sizes)
-        lines.append(
-            f"{part}_ = stablehlo.get_dimension_size %x0, dim = {axis} : ({x}) -> tensor<i32>"
-        )
-        lines.append(f"{part} = stablehlo.reshape {part}_ : (tensor<i32>) -> tensor<1xi32>")
-    kinds = ", ".join(["tensor<1xi32>"] * len(sizes))
-    lines.append(
-        f"{name} = stablehlo.concatenate {', '.join(parts)}, dim = 0 : ({kinds}) -> "
-        f"tensor<{len(sizes)}xi32>"
-    )
+        if size is None:
+            lines.append(f"""
+    {name}_{i}_ = stablehlo.get_dimension_size %x0, dim = {axis} : ({x}) -> tensor<i32>
+    {name}_{i} = stablehlo.reshape {name}_{i}_ : (tensor<i32>) -> tensor<1xi32>""")
+        else:
+            lines.append(f"""
+    {name}_{i} = stablehlo.constant dense<{size}> : tensor<1xi32>""")
+    parts = ", ".join(f"{name}_{i}" for i in range(len(sizes)))
+    each = ", ".join(["tensor<1xi32>"] * len(sizes))
+    lines.append(f"""
+    {name} = stablehlo.concatenate {parts}, dim = 0 : ({each}) -> tensor<{len(sizes)}xi32>""")
     return lines

@@ -43,7 +43,7 @@ def has_passes() -> bool:
 
 def _serves(x: Tensor, *dtypes: str) -> bool:
     """Say whether the passes take a tensor, beside further dtypes."""
-    if is_for_export() or is_for_each_of_many() or x.shape.rank is None or x.shape.rank > RANK:
+    if is_for_each_of_many() or x.shape.rank is None or x.shape.rank > RANK:
         return False
     return {x.dtype.name, *dtypes} <= set(TYPES) and has_passes()
 
@@ -86,7 +86,7 @@ def normalize(
     Returns:
         All three, or None.
     """
-    if not _serves(x, plan.dtype):
+    if is_for_export() or not _serves(x, plan.dtype):
         return None
     sums = _sums(x, plan.pooling.axes)
     parts, kept = _filled(learned, sums, plan), _kept(plan, sums)
@@ -133,7 +133,7 @@ def _options(learned: Learned, plan: Plan) -> dict[str, Any]:
 
 def moments(x: Tensor, weights: Tensor | None, count: Any, axes: Axes) -> list[Tensor] | None:
     """Return pivot, offset and m2 over the axes."""
-    if not _serves(x):
+    if is_for_export() or not _serves(x):
         return None
     counted = []
     if weights is not None:
@@ -160,7 +160,7 @@ def mapped(x: Tensor, affine: Affine, dtype: str) -> Tensor | None:
     parts = _alike(*affine)
     # XLA joins a map with what is around it.
     is_joined = is_for_xla() and not is_for_gradients()
-    if parts is None or is_joined or not _serves(x, dtype):
+    if parts is None or is_joined or is_for_export() or not _serves(x, dtype):
         return None
     return _call("map", [x], parts, [(dtype, x.shape)])[0]
 
