@@ -32,7 +32,7 @@ struct Job {
     Stage sum, finish, map;
     Nest nest;
     int64_t many; /* turns of the outermost loop that stay in the cache */
-    int parts, types[Y + 1];
+    int threads, parts, types[Y + 1];
     char *big[Y + 1];
     const float *weights, *gamma, *beta;
     float *center, *scale, *shift, *factor, *slope, *level, *offset, *m2;
@@ -52,6 +52,7 @@ struct Job {
 
 /* Elements that stay in a core's cache beside as many others; bytes that stay in none until they
    are read again; elements that are not worth a thread of a runtime, or waking a helper. */
+enum { MORE = 4 };
 enum { CHUNK = 1 << 14, LARGE = 1 << 23, SMALL = 1 << 15, MODERATE = 1 << 17 };
 
 /* Say whether each turn of the outermost loop has sets of its own, side by side among all. */
@@ -77,8 +78,10 @@ static int prepare(Job *job, int rank, const int64_t *dims, int64_t cells, int64
     int64_t turn = 1;
     for (int i = 1; i < nest->rank; i++) turn *= nest->size[i];
     int64_t elements = turn * nest->size[0];
-    int most = nest->size[0] < threads ? (int)nest->size[0] : threads;
-    job->parts = elements < (start ? SMALL : MODERATE) ? 1 : most;
+    job->threads = elements < (start ? SMALL : MODERATE) ? 1 : threads;
+    /* A thread that comes late finds parts that are left. */
+    int64_t wanted = job->threads * (job->threads > 1 && elements > 64 * cells ? MORE : 1);
+    job->parts = (int)(nest->size[0] < wanted ? nest->size[0] : wanted);
     job->is_past_caches = job->is_training && elements * WIDTH[job->types[Y]] >= LARGE;
     job->many = turn < CHUNK ? CHUNK / turn : 1;
     job->all = cells;

@@ -292,21 +292,21 @@ static void map_of_part(void *given, int part) {
 }
 
 static void run(Job *job) {
-    int parts = job->parts, are_many = job->all >= SMALL;
+    int parts = job->parts, threads = job->threads, few = job->all < SMALL ? 1 : threads;
     if (job->sum && are_apart(job)) {
-        in_parts(all_of_part, job, parts, 1);
+        in_parts(all_of_part, job, parts, threads);
         return;
     }
     if (job->sum == sum_moments) find_pivots(job, 0, job->nest.size[0]);
     for (int times = 0; job->sum && times < 2; times++) {
         if (times) clear(job, 0, job->all);
-        in_parts(sums_of_part, job, parts, 1);
-        in_parts(finish_of_part, job, parts, are_many);
+        in_parts(sums_of_part, job, parts, threads);
+        in_parts(finish_of_part, job, parts, few);
         if (!job->is_far) break;
         job->is_far = 0;
     }
-    if (job->columns.sums && !job->varies) in_parts(columns_of_part, job, parts, are_many);
-    if (job->map) in_parts(map_of_part, job, parts, 1);
+    if (job->columns.sums && !job->varies) in_parts(columns_of_part, job, parts, few);
+    if (job->map) in_parts(map_of_part, job, parts, threads);
 }
 
 #endif

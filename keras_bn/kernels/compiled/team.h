@@ -22,7 +22,7 @@
 typedef struct {
     void (*body)(void *job, int part);
     void *job;
-    int parts;
+    int parts, threads;
     atomic_int next, helping;
 } Team;
 
@@ -48,10 +48,12 @@ typedef struct {
     pthread_cond_t wake;
 } Helper;
 
-enum { MOST = 63, AWAKE = 50000 }; /* how many; how long one stays awake without work [ns] */
+enum { MOST = 63, AWAKE = 50000 }; /* how many; how long to stay awake without work [ns] */
 static Helper helpers[MOST];
 static atomic_int number_of_helpers;
 static pthread_mutex_t recruiting = PTHREAD_MUTEX_INITIALIZER;
+static pthread_mutex_t finishing = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t finished = PTHREAD_COND_INITIALIZER;
 
 static int64_t nanoseconds(void) {
     struct timespec now;
@@ -59,12 +61,14 @@ static int64_t nanoseconds(void) {
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
+/* Stay awake for a while; others may need the core then. */
+#define WHILE_AWAKE(done)                                                                 \
+    for (int64_t last = nanoseconds() + AWAKE; nanoseconds() < last;)                     \
+        for (int i = 0; i < 32; i++, REST())                                              \
+            if (done) return
+
 static void wait_for_team(Helper *own) {
-    for (int64_t last = nanoseconds() + AWAKE; nanoseconds() < last;)
-        for (int i = 0; i < 32; i++) {
-            if (atomic_load(&own->team)) return;
-            REST();
-        }
+    WHILE_AWAKE(atomic_load(&own->team));
     pthread_mutex_lock(&own->lock);
     atomic_store(&own->is_asleep, 1);
     while (!atomic_load(&own->team)) pthread_cond_wait(&own->wake, &own->lock);
@@ -80,7 +84,10 @@ static void *help(void *given) {
         if (!team) continue; /* it went on without us */
         take_parts(team);
         atomic_store(&own->is_taken, 0);
+        pthread_mutex_lock(&finishing);
         atomic_fetch_sub(&team->helping, 1);
+        pthread_cond_broadcast(&finished);
+        pthread_mutex_unlock(&finishing);
     }
     return NULL;
 }
@@ -89,6 +96,8 @@ static void *help(void *given) {
 static void forget_helpers(void) {
     atomic_store(&number_of_helpers, 0);
     pthread_mutex_init(&recruiting, NULL);
+    pthread_mutex_init(&finishing, NULL);
+    pthread_cond_init(&finished, NULL);
 }
 
 /* See to it that there are so many helpers; signals are for others. */
@@ -127,14 +136,17 @@ static void dismiss(Helper **asked, int number, Team *team) {
         atomic_store(&asked[i]->is_taken, 0);
         atomic_fetch_sub(&team->helping, 1);
     }
-    while (atomic_load(&team->helping)) REST();
+    WHILE_AWAKE(!atomic_load(&team->helping));
+    pthread_mutex_lock(&finishing);
+    while (atomic_load(&team->helping)) pthread_cond_wait(&finished, &finishing);
+    pthread_mutex_unlock(&finishing);
 }
 
 static void with_helpers(Team *team) {
     Helper *asked[MOST];
     int number = 0;
-    if (atomic_load(&number_of_helpers) < team->parts - 1) recruit(team->parts - 1);
-    for (int i = 0; i < atomic_load(&number_of_helpers) && number < team->parts - 1; i++) {
+    if (atomic_load(&number_of_helpers) < team->threads - 1) recruit(team->threads - 1);
+    for (int i = 0; i < atomic_load(&number_of_helpers) && number < team->threads - 1; i++) {
         int is_taken = 0;
         if (!atomic_compare_exchange_strong(&helpers[i].is_taken, &is_taken, 1)) continue;
         asked[number++] = &helpers[i];
@@ -144,11 +156,11 @@ static void with_helpers(Team *team) {
     dismiss(asked, number, team);
 }
 
-/* Do all parts; one after the other where that is not worth more threads. */
-static void in_parts(void (*body)(void *, int), void *job, int parts, int is_worth_it) {
-    Team team = {body, job, parts, 0, 0};
-    if (parts == 1 || !is_worth_it) take_parts(&team);
-    else if (start) start(take_parts, &team, (unsigned)parts, 0);
+/* Do all parts, in so many threads at most. */
+static void in_parts(void (*body)(void *, int), void *job, int parts, int threads) {
+    Team team = {body, job, parts, threads < parts ? threads : parts, 0, 0};
+    if (team.threads == 1) take_parts(&team);
+    else if (start) start(take_parts, &team, (unsigned)team.threads, 0);
     else with_helpers(&team);
 }
 

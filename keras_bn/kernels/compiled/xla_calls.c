@@ -3,7 +3,7 @@
 
    What a call does is in two attributes, `numbers` and `epsilon`; kernels/jax/compiled.py and
    kernels/tensorflow/calls.py write them. Operands and results are dense. What may be absent comes
-   last; what follows the operands named here only told XLA the results' shapes. */
+   last; operands beyond those named here have told XLA the results' shapes. */
 
 #include <stddef.h>
 #include <stdint.h>
@@ -181,11 +181,9 @@ static int moments(const Frame *frame) {
     Call call = call_of(frame, 0, 0, 1);
     const Shape *of = &call.shape;
     return is_empty(&call)
-        || keras_bn_moments(of->rank, of->dims, operand(frame, 0), call.x_type,
-                            further(&call, 1),
-                            further(&call, 2), call.count,
-                            (int)call.is.is_centered, of->cells, result(frame, 0),
-                            (int)call.is.threads);
+        || keras_bn_moments(of->rank, of->dims, operand(frame, 0), call.x_type, further(&call, 1),
+                            further(&call, 2), call.count, (int)call.is.is_centered, of->cells,
+                            result(frame, 0), (int)call.is.threads);
 }
 
 /* x, dy and centers; Σ dy and Σ dy·(x - center). */
@@ -217,9 +215,8 @@ static int combined(const Frame *frame) {
     return is_empty(&call)
         || keras_bn_combined(of->rank, of->dims, operand(frame, 0), call.x_type, operand(frame, 1),
                              type_of(frame->operands.buffers[1]), result(frame, 0), call.x_type,
-                             further(&call, 6), operand(frame, 2),
-                             operand(frame, 3), operand(frame, 4), operand(frame, 5), NULL,
-                             (int)call.is.threads);
+                             further(&call, 6), operand(frame, 2), operand(frame, 3),
+                             operand(frame, 4), operand(frame, 5), NULL, (int)call.is.threads);
 }
 
 /* x, gamma and beta, and maybe what to correct towards, with the limits; y, maps, and the rest of
@@ -233,11 +230,10 @@ static int normalize(const Frame *frame) {
     float *rest = result(frame, 2);
     return is_empty(&call)
         || keras_bn_normalize(of->rank, of->dims, operand(frame, 0), call.x_type, result(frame, 0),
-                              type_of(frame->results.buffers[0]),
-                              further(&call, 1),
-                              further(&call, 2), (int)call.is.varies,
-                              call.count, call.is.together, call.epsilon, (int)call.is.is_centered,
-                              of->cells, of->number, result(frame, 1), rest,
+                              type_of(frame->results.buffers[0]), further(&call, 1),
+                              further(&call, 2), (int)call.is.varies, call.count,
+                              call.is.together, call.epsilon, (int)call.is.is_centered, of->cells,
+                              of->number, result(frame, 1), rest,
                               kept ? operand(frame, kept) : NULL,
                               kept ? elements_of(frame->operands.buffers[kept]) / 2 : 0, limits,
                               rest + 4 * of->cells, (int)call.is.is_training,
@@ -253,11 +249,10 @@ static int gradients(const Frame *frame) {
     int is_done = work
         && keras_bn_gradients(of->rank, of->dims, operand(frame, 0), call.x_type,
                               operand(frame, 1), type_of(frame->operands.buffers[1]),
-                              result(frame, 0), call.x_type,
-                              further(&call, 3), (int)call.is.varies,
-                              call.count, call.is.together, (int)call.is.is_centered, of->cells,
-                              of->number, operand(frame, 2), work, result(frame, 1),
-                              (int)call.is.threads);
+                              result(frame, 0), call.x_type, further(&call, 3),
+                              (int)call.is.varies, call.count, call.is.together,
+                              (int)call.is.is_centered, of->cells, of->number, operand(frame, 2),
+                              work, result(frame, 1), (int)call.is.threads);
     free(work);
     return is_done;
 }
@@ -269,7 +264,8 @@ static Error *called(Frame *frame, int (*body)(const Frame *)) {
         return NULL;
     }
     if (body(frame)) return NULL;
-    NewError error = {sizeof error, NULL, "keras_bn: too many axes, or no memory for sums", NO_MEMORY};
+    NewError error = {sizeof error, NULL, "keras_bn: too many axes, or no memory for sums",
+                      NO_MEMORY};
     return frame->api->error(&error);
 }
 

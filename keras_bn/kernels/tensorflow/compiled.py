@@ -157,7 +157,7 @@ def products(x: Tensor, dy: Tensor, center: Tensor, axes: Axes) -> list[Tensor] 
 
 def mapped(x: Tensor, affine: Affine, dtype: str) -> Tensor | None:
     """Return (x - center)·scale + shift."""
-    parts = _alike(*affine)
+    parts = _alike(x, *affine)
     # XLA joins a map with what is around it.
     is_joined = is_for_xla() and not is_for_gradients()
     if parts is None or is_joined or is_for_export() or not _serves(x, dtype):
@@ -170,7 +170,7 @@ def combined(
 ) -> Tensor | None:
     """Return dy·a + w·((x - center)·b + c), in the dtype of x, for the terms a, b, c."""
     a, b, c = terms
-    parts = _alike(center, b, c, a)
+    parts = _alike(x, center, b, c, a)
     if parts is None or not _serves(x, dy.dtype.name):
         return None
     given = [] if weights is None else [weights]
@@ -179,11 +179,12 @@ def combined(
     return _call("combined", [x, dy], [*parts, *given], [(x.dtype.name, x.shape)])[0]
 
 
-def _alike(*parts: Tensor | None) -> list[Tensor] | None:
+def _alike(x: Tensor, *parts: Tensor | None) -> list[Tensor] | None:
     """Return parts of one shape, 0 in place of what is missing; None where they have several."""
     given = [part for part in parts if part is not None]
-    shape = given[0].shape
-    if any(part.dtype != tf.float32 or part.shape.as_list() != shape.as_list() for part in given):
+    shape = given[0].shape.as_list()
+    are_alike = all(part.dtype == tf.float32 and part.shape.as_list() == shape for part in given)
+    if not are_alike or len(shape) != x.shape.rank:
         return None
     return [tf.zeros_like(given[0]) if part is None else part for part in parts]
 
