@@ -104,10 +104,9 @@ class Kernel:
         Differentiated as a whole, dx is one map of x and dy; else it is the sum of what comes
         through y and of what comes through the moments.
         """
-        passes, axes = self._passes, plan.pooling.axes
-        if plan.pooling.weights is not None:
-            weights = _spread(plan.pooling.weights, x)
-            plan = plan._replace(pooling=plan.pooling._replace(weights=weights))
+        passes, axes, weights = self._passes, plan.pooling.axes, plan.pooling.weights
+        if weights is not None:
+            plan = plan._replace(pooling=plan.pooling._replace(weights=_spread(weights, x)))
 
         def forward(x: Tensor, *given: Tensor) -> Any:
             whole = self._whole(x, learned.filled(given), plan)
@@ -123,8 +122,7 @@ class Kernel:
         def backward(inputs: Any, seen: Any, grads: Any) -> Any:
             (x, *given), (dy,) = inputs, grads
             parts = learned.filled(given)
-            is_whole = isinstance(seen, Whole)
-            found = _whole_gradients(passes, x, dy, parts, seen, plan) if is_whole else None
+            found = _whole_gradients(passes, x, dy, parts, seen, plan)
             if found is None:
                 return _gradients(passes, x, dy, parts, _seen_of(seen, passes, x, plan), plan)
             pairs = zip(found[1:], parts.given, strict=True)
@@ -149,12 +147,14 @@ class Kernel:
 
 
 def _whole_gradients(
-    passes: Any, x: Tensor, dy: Tensor, learned: Learned, whole: Whole, plan: Plan
+    passes: Any, x: Tensor, dy: Tensor, learned: Learned, whole: Seen | Whole, plan: Plan
 ) -> tuple[Tensor, ...] | None:
-    """Return the gradients from what one pass made of all; None where it has none.
+    """Return the gradients from what one pass made of all; None where there is no such pass.
 
     With r and d, y = gamma·r·z + gamma·d + beta: what is learned then has a part for each set.
     """
+    if not isinstance(whole, Whole):
+        return None
     if whole.correction is None:
         own: tuple[Tensor, ...] | None = passes.gradients(x, dy, learned, whole, plan)
         return own

@@ -36,6 +36,20 @@ every_case = pytest.mark.parametrize(("shape", "axes", "varied"), CASES.values()
 WEIGHTS = {"rows": (700, 1), "columns": (1, 96), "elements": (700, 96)}
 every_weight = pytest.mark.parametrize("sizes", WEIGHTS.values(), ids=WEIGHTS)
 
+LIMITS = {"none": (None, None, None), "some": (None, 1.5, 0.1), "all": (0.8, 1.2, 0.3)}
+every_limit = pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
+every_learned = pytest.mark.parametrize("learned", [True, False], ids=["learned", "as it is"])
+every_batch = pytest.mark.parametrize("shape", [(700, 24), (8, 90, 24)], ids=["one", "ghosts"])
+
+
+def drawn_to_correct(shape):
+    """Return x and dy; then mean, deviation, gamma and beta, of a channel each."""
+    rng = np.random.default_rng(0)
+    scales, means = rng.uniform(0.5, 3, shape[-1]), rng.normal(0, 9, shape[-1])
+    big = [rng.normal(means, scales, shape).astype("float32") for _ in range(2)]
+    sizes = (1,) * (len(shape) - 1) + shape[-1:]
+    return big, list(rng.uniform(0.5, 2, (4, *sizes)).astype("float32"))
+
 
 def drawn(shape, axes, varied, mean=3.0, dtype="float32"):
     """Return x, dy, gamma and beta; x begins with an outlier in each set of its first row."""

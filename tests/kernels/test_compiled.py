@@ -19,7 +19,11 @@ from tests.kernels.compiled_cases import (
     compare,
     compare_weighted,
     drawn,
+    drawn_to_correct,
+    every_batch,
     every_case,
+    every_learned,
+    every_limit,
     every_weight,
 )
 
@@ -183,19 +187,13 @@ def test_a_rounded_sum_of_weights_does_not_count_by_the_first_element(deviations
     assert hard.share(m2.numpy() / exact.count - exact.variance, 8 * U * exact.variance) <= 1
 
 
-LIMITS = {"none": (None, None, None), "some": (None, 1.5, 0.1), "all": (0.8, 1.2, 0.3)}
-
-
-@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
-@pytest.mark.parametrize("learned", [True, False], ids=["learned", "as it is"])
-@pytest.mark.parametrize("shape", [(700, 24), (8, 90, 24)], ids=["one batch", "ghosts"])
+@every_limit
+@every_learned
+@every_batch
 def test_sets_are_corrected_as_the_core_corrects_them(shape, learned, limits):
-    rng = np.random.default_rng(0)
-    scales, means = rng.uniform(0.5, 3, 24), rng.normal(0, 9, 24)
-    x, dy = (tensor(rng.normal(means, scales, shape).astype("float32")) for _ in range(2))
+    big, kept = drawn_to_correct(shape)
+    x, dy, mean, stddev, gamma, beta = map(tensor, big + kept)
     ends = Limits(*(None if end is None else torch.tensor(end) for end in limits))
-    kept = [torch.from_numpy(rng.uniform(0.5, 2, (1,) * (x.ndim - 1) + (24,))) for _ in range(4)]
-    mean, stddev, gamma, beta = (part.float() for part in kept)
     correct = Correction(mean, stddev, ends, 1e-3)
     given = Learned(gamma, beta) if learned else Learned(None, None)
     pooling = Pooling((x.ndim - 2,))

@@ -17,7 +17,11 @@ from tests.kernels.compiled_cases import (
     compare,
     compare_weighted,
     drawn,
+    drawn_to_correct,
+    every_batch,
     every_case,
+    every_learned,
+    every_limit,
     every_weight,
 )
 
@@ -142,18 +146,12 @@ def test_derivatives_are_those_of_the_plain_kernels(kind, options, use, derivati
     assert np.allclose(found, wanted, rtol=1e-4, atol=2e-5 * scale)
 
 
-LIMITS = {"none": (None, None, None), "some": (None, 1.5, 0.1), "all": (0.8, 1.2, 0.3)}
-
-
-@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
-@pytest.mark.parametrize("learned", [True, False], ids=["learned", "as it is"])
-@pytest.mark.parametrize("shape", [(700, 24), (8, 90, 24)], ids=["one batch", "ghosts"])
+@every_limit
+@every_learned
+@every_batch
 def test_sets_are_corrected_as_the_core_corrects_them(shape, learned, limits):
-    rng = np.random.default_rng(0)
-    scales, means = rng.uniform(0.5, 3, 24), rng.normal(0, 9, 24)
-    x, dy = (rng.normal(means, scales, shape).astype("float32") for _ in range(2))
-    sizes = (1,) * (x.ndim - 1) + (24,)
-    mean, stddev, gamma, beta = jnp.asarray(rng.uniform(0.5, 2, (4, *sizes)), "float32")
+    big, kept = drawn_to_correct(shape)
+    x, dy, mean, stddev, gamma, beta = map(jnp.asarray, big + kept)
     correct = Correction(mean, stddev, Limits(*limits), hard.EPSILON)
     given, pooling, results = ((gamma, beta) if learned else ()), Pooling((x.ndim - 2,)), []
     for own in (correct, lambda batch: correct(batch)):
@@ -164,7 +162,7 @@ def test_sets_are_corrected_as_the_core_corrects_them(shape, learned, limits):
 
         def all_of(x, *parts, normalized=normalized):
             y, pull = jax.vjp(normalized, x, *parts)
-            return y, *pull(jnp.asarray(dy))
+            return y, *pull(dy)
 
         names = set(CALL.findall(jax.jit(all_of).lower(x, *given).as_text()))
         assert names == ({"normalize", "gradients"} if own is correct else {"moments"})

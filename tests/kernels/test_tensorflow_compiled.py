@@ -10,7 +10,17 @@ from keras_bn.core.pooling import Pooling, group_total
 from keras_bn.kernels import reference
 from keras_bn.kernels.compiled import place
 from tests.kernels import hard
-from tests.kernels.compiled_cases import compare, compare_weighted, drawn, every_case, every_weight
+from tests.kernels.compiled_cases import (
+    compare,
+    compare_weighted,
+    drawn,
+    drawn_to_correct,
+    every_batch,
+    every_case,
+    every_learned,
+    every_limit,
+    every_weight,
+)
 
 if keras.backend.backend() != "tensorflow":
     pytest.skip("operations of TensorFlow", allow_module_level=True)
@@ -115,19 +125,12 @@ def under_a_tape(function):
     return taped
 
 
-LIMITS = {"none": (None, None, None), "some": (None, 1.5, 0.1), "all": (0.8, 1.2, 0.3)}
-
-
 @every_way
-@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
-@pytest.mark.parametrize("learned", [True, False], ids=["learned", "as it is"])
-@pytest.mark.parametrize("shape", [(700, 24), (8, 90, 24)], ids=["one batch", "ghosts"])
+@every_limit
+@every_learned
+@every_batch
 def test_sets_are_corrected_as_the_core_corrects_them(shape, learned, limits, xla):
-    rng = np.random.default_rng(0)
-    scales, means = rng.uniform(0.5, 3, 24), rng.normal(0, 9, 24)
-    x, dy = (rng.normal(means, scales, shape).astype("float32") for _ in range(2))
-    sizes = (1,) * (x.ndim - 1) + (24,)
-    mean, stddev, gamma, beta = rng.uniform(0.5, 2, (4, *sizes)).astype("float32")
+    (x, dy), (mean, stddev, gamma, beta) = drawn_to_correct(shape)
     ends = Limits(*(None if end is None else tf.constant(end) for end in limits))
     correct = Correction(tf.constant(mean), tf.constant(stddev), ends, hard.EPSILON)
     given = [x, dy, gamma, beta] if learned else [x, dy]
