@@ -288,7 +288,7 @@ void keras_bn_register_calls(void) {
                  {"keras_bn_combined", keras_bn_xla_combined},
                  {"keras_bn_normalize", keras_bn_xla_normalize},
                  {"keras_bn_gradients", keras_bn_xla_gradients}};
-    if (!XLA_FFI_GetApi) return;
+    if (!XLA_FFI_GetApi || XLA_FFI_GetApi()->version.major) return; /* or it is another one */
     for (size_t i = 0; i < sizeof calls / sizeof *calls; i++) {
         Registration registration = {sizeof registration, NULL,
                                      {calls[i].name, strlen(calls[i].name)}, {"Host", 4},
