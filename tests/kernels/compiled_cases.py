@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from keras_bn.core.pooling import Pooling, group_total
 from keras_bn.kernels import reference
 from tests.kernels import hard
 
@@ -49,6 +50,25 @@ def drawn_to_correct(shape):
     big = [rng.normal(means, scales, shape).astype("float32") for _ in range(2)]
     sizes = (1,) * (len(shape) - 1) + shape[-1:]
     return big, list(rng.uniform(0.5, 2, (4, *sizes)).astype("float32"))
+
+
+def drawn_groups(axis, shape=(6, 130, 24)):
+    """Return x, with channels far apart along an axis, and the pooling of four groups of them."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(rng.normal(0, 30, shape[-1]), 1, shape).astype("float32")
+    x = x if axis == 2 else np.moveaxis(x, 2, 1).copy()
+    size = shape[-1] // 4
+    total = group_total(axis, shape[-1], 4)
+    return x, Pooling((3 - axis,), None, total, size, are_neighbours=True)
+
+
+def compare_groups(y, x, axis):
+    """Compare what is normalized by groups with the reference."""
+    groups = np.moveaxis(x, axis, 1).reshape(len(x), 4, -1)
+    exact = reference.moments(groups, (2,))
+    z = reference.normalize(groups, (2,), epsilon=hard.EPSILON)
+    found = np.moveaxis(np.asarray(y), axis, 1).reshape(groups.shape)
+    assert hard.share(found - z, hard.output_bound(z, exact, U)) <= 1
 
 
 def drawn(shape, axes, varied, mean=3.0, dtype="float32"):

@@ -5,7 +5,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_bn.kernels.steps import Step
-from keras_bn.kernels.tensorflow.tracing import is_for_values_alone
+from keras_bn.kernels.tensorflow.tracing import gradient_of, is_for_export, is_for_values_alone
 from keras_bn.types import Tensor
 
 
@@ -20,6 +20,7 @@ def run(step: Step, *inputs: Tensor) -> tuple[Tensor, ...]:
     # Not through the custom gradient: TensorFlow 2.21 joins all its outputs in one IdentityN, and
     # its optimizer then drops edges that order reading a variable before its update.
     further: list[Tensor] = []
+    is_exported = is_for_export()
 
     @tf.custom_gradient
     def forward(*inputs: Tensor) -> Any:
@@ -29,7 +30,8 @@ def run(step: Step, *inputs: Tensor) -> tuple[Tensor, ...]:
         def gradient(*grads: Tensor) -> Any:
             # What was looked up by index afterwards has a sparse gradient.
             dense = tuple(tf.convert_to_tensor(part) for part in grads)
-            return _gradient(step, constants, inputs, dense)
+            with gradient_of(is_exported):
+                return _gradient(step, constants, inputs, dense)
 
         return outputs, gradient
 

@@ -19,6 +19,7 @@ from keras_bn.kernels.tensorflow.tracing import (
     is_for_export,
     is_for_gradients,
     is_for_xla,
+    is_gradient_of_export,
 )
 from keras_bn.types import Tensor
 
@@ -43,7 +44,9 @@ def has_passes() -> bool:
 
 def _serves(x: Tensor, *dtypes: str) -> bool:
     """Say whether the passes take a tensor, beside further dtypes."""
-    if is_for_each_of_many() or x.shape.rank is None or x.shape.rank > RANK:
+    if is_gradient_of_export() or is_for_each_of_many():
+        return False
+    if x.shape.rank is None or x.shape.rank > RANK:
         return False
     return {x.dtype.name, *dtypes} <= set(TYPES) and has_passes()
 

@@ -1,5 +1,9 @@
 """What is being traced, and for whom: nothing public says so (TensorFlow 2.21)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import tensorflow as tf
 from tensorflow.python.eager import record
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
@@ -19,6 +23,25 @@ def is_for_export() -> bool:
     """Say whether what is being traced may be exported, to where only TensorFlow is known."""
     # What Keras exports has no tape, and is not compiled as a whole.
     return not (tf.executing_eagerly() or is_for_gradients() or is_for_xla())
+
+
+# A SavedModel holds the gradients of its functions, too, and traces them when it is written.
+_is_gradient_of_export = ContextVar("is_gradient_of_export", default=False)
+
+
+@contextmanager
+def gradient_of(is_exported: bool) -> Iterator[None]:
+    """Trace the gradient of what was, or was not, for export when it was traced."""
+    token = _is_gradient_of_export.set(is_exported)
+    try:
+        yield
+    finally:
+        _is_gradient_of_export.reset(token)
+
+
+def is_gradient_of_export() -> bool:
+    """Say whether the gradient is traced of what may be exported."""
+    return _is_gradient_of_export.get()
 
 
 def is_for_each_of_many() -> bool:
