@@ -10,15 +10,17 @@ import pytest
 
 from keras_bn.core.affine import Affine, Learned
 from keras_bn.core.estimators import Correction, Limits
-from keras_bn.core.pooling import Pooling, group_total
+from keras_bn.core.pooling import Pooling
 from keras_bn.kernels import reference
 from keras_bn.kernels.compiled import library
 from tests.kernels import hard
 from tests.kernels.compiled_cases import (
     CASES,
     compare,
+    compare_groups,
     compare_weighted,
     drawn,
+    drawn_groups,
     drawn_to_correct,
     every_batch,
     every_case,
@@ -140,16 +142,9 @@ def test_the_gradient_may_be_one_number(kind, masked):
 @pytest.mark.parametrize("shape", [(6, 130, 24), (2, 3000, 24)], ids=["many", "few"])
 @pytest.mark.parametrize("axis", [1, 2], ids=["first", "last"])
 def test_groups_are_merged_as_the_core_merges_them(shape, axis):
-    rng = np.random.default_rng(0)
-    x = rng.normal(rng.normal(0, 30, 24), 1, shape).astype("float32")
-    x = x if axis == 2 else np.moveaxis(x, 2, 1).copy()
-    pooling = Pooling((3 - axis,), None, group_total(axis, 24, 4), 6, are_neighbours=True)
-    y, *_ = passes.normalize(tensor(x), Learned(None, None), Plan(pooling, 1e-3, "float32"))
-    groups = np.moveaxis(x, axis, 1).reshape(len(x), 4, -1)
-    exact = reference.moments(groups, (2,))
-    z = reference.normalize(groups, (2,), epsilon=1e-3)
-    found = np.moveaxis(y.numpy(), axis, 1).reshape(groups.shape)
-    assert hard.share(found - z, hard.output_bound(z, exact, U)) <= 1
+    x, pooling = drawn_groups(axis, shape)
+    y, *_ = passes.normalize(tensor(x), Learned(None, None), Plan(pooling, hard.EPSILON, "float32"))
+    compare_groups(y, x, axis)
 
 
 @pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)], ids=str)

@@ -8,15 +8,15 @@ import pytest
 
 from keras_bn.core.affine import Learned
 from keras_bn.core.estimators import Correction, Limits
-from keras_bn.core.pooling import Pooling, group_total
-from keras_bn.kernels import reference
+from keras_bn.core.pooling import Pooling
 from keras_bn.kernels.compiled import library, numbers
 from tests.kernels import hard
 from tests.kernels.compiled_cases import (
-    U,
     compare,
+    compare_groups,
     compare_weighted,
     drawn,
+    drawn_groups,
     drawn_to_correct,
     every_batch,
     every_case,
@@ -79,17 +79,9 @@ def test_normalization_and_its_gradients_are_right(shape, axes, varied, dtype, m
 
 @pytest.mark.parametrize("axis", [1, 2], ids=["first", "last"])
 def test_groups_are_merged_as_the_core_merges_them(axis):
-    rng = np.random.default_rng(0)
-    x = rng.normal(rng.normal(0, 30, 24), 1, (6, 130, 24)).astype("float32")
-    x = x if axis == 2 else np.moveaxis(x, 2, 1).copy()
-    pooling = Pooling((3 - axis,), None, group_total(axis, 24, 4), 6, are_neighbours=True)
-    given = (pooling, Learned(None, None), 1e-3, "float32")
-    found = jax.jit(lambda x: kernels.normalize(x, *given)[0])(x)
-    groups = np.moveaxis(x, axis, 1).reshape(len(x), 4, -1)
-    exact = reference.moments(groups, (2,))
-    z = reference.normalize(groups, (2,), epsilon=1e-3)
-    found = np.moveaxis(np.asarray(found), axis, 1).reshape(groups.shape)
-    assert hard.share(found - z, hard.output_bound(z, exact, U)) <= 1
+    x, pooling = drawn_groups(axis)
+    given = (pooling, Learned(None, None), hard.EPSILON, "float32")
+    compare_groups(jax.jit(lambda x: kernels.normalize(x, *given)[0])(x), x, axis)
 
 
 @pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)], ids=str)

@@ -50,9 +50,11 @@ struct Job {
     int is_centered, is_training, is_far, is_past_caches;
 };
 
+/* How many parts there are for each of several threads. */
+enum { MORE = 4 };
+
 /* Elements that stay in a core's cache beside as many others; bytes that stay in none until they
    are read again; elements that are not worth a thread of a runtime, or waking a helper. */
-enum { MORE = 4 };
 enum { CHUNK = 1 << 14, LARGE = 1 << 23, SMALL = 1 << 15, MODERATE = 1 << 17 };
 
 /* Say whether each turn of the outermost loop has sets of its own, side by side among all. */
