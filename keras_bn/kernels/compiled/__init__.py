@@ -77,7 +77,8 @@ def library() -> ctypes.CDLL | None:
     path = place("passes")
     if path is None:
         return None
-    loaded = ctypes.CDLL(path)
+    # Whole for the process: the operations of TensorFlow are a library of their own, which calls it.
+    loaded = ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
     for name, types in _ARGUMENTS.items():
         getattr(loaded, f"keras_bn_{name}").argtypes = types
     process = ctypes.CDLL(None)

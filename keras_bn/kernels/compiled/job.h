@@ -30,6 +30,7 @@ typedef void (*Stage)(Job *job, int64_t from, int64_t to, int part);
 /* What a call does: stages, of which some may be missing, and what they work on. */
 struct Job {
     Stage sum, finish, map;
+    Stage rows; /* all of them, for sets that are lines */
     Nest nest;
     int64_t many; /* turns of the outermost loop that stay in the cache */
     int threads, parts, types[Y + 1];

@@ -93,10 +93,15 @@ INLINED Floats loaded(const float *data) {
     return values;
 }
 
+/* Said by element: of a conversion of vectors GCC 12 makes two, and joins them. */
+INLINED Doubles doubles_of(Eight v) {
+    return (Doubles){v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]};
+}
+
 INLINED Doubles widened_eight(const float *data) {
     Eight values;
     memcpy(&values, data, sizeof values);
-    return __builtin_convertvector(values, Doubles);
+    return doubles_of(values);
 }
 
 INLINED Floats repeated(float value) { return (Floats){0} + value; }
@@ -120,8 +125,8 @@ INLINED Eight eight_of(Floats values, int from) {
 #endif
 
 INLINED void add(Total *total, Floats values) {
-    total->low += __builtin_convertvector(EIGHT(values, 0), Doubles);
-    total->high += __builtin_convertvector(EIGHT(values, HALF_LANES), Doubles);
+    total->low += doubles_of(EIGHT(values, 0));
+    total->high += doubles_of(EIGHT(values, HALF_LANES));
 }
 
 INLINED double sum_of(Doubles eight) {

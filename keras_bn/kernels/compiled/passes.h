@@ -131,6 +131,19 @@ INLINED int is_blocked(const Nest *nest, Pass pass, int cell, int weight) {
     return nest->size[loop + 1] <= SHORT;
 }
 
+/* Go through the pieces of lines, of up to `most` elements. */
+INLINED void pieces_of(Job *job, const int64_t *from, const int64_t *apart, int rows, int64_t length,
+                       int64_t most, int part, Pass pass, int cell, int column, int weight) {
+    int is_along[] = {1, 1, 1, weight == MANY, cell == MANY, column == MANY};
+    int64_t at[OPERANDS];
+    memcpy(at, from, sizeof at);
+    for (int64_t start = 0; start < length; start += most) {
+        int64_t n = length - start < most ? length - start : most;
+        go(job, &(Piece){at, apart, rows, n}, part, pass, cell, column, weight);
+        for (int o = 0; o < OPERANDS; o++) at[o] += is_along[o] * n;
+    }
+}
+
 /* Go through the lines of a walk. */
 INLINED void lines_of_walk(Job *job, Walk walk, int part, Pass pass, int cell, int column,
                            int weight) {
@@ -138,20 +151,14 @@ INLINED void lines_of_walk(Job *job, Walk walk, int part, Pass pass, int cell, i
     int loop = nest->rank - 2, is_block = is_blocked(nest, pass, cell, weight);
     int64_t length = nest->size[loop + 1], at[OPERANDS], apart[OPERANDS];
     for (int o = 0; o < OPERANDS; o++) apart[o] = nest->stride[o][loop];
-    int is_along[] = {1, 1, 1, weight == MANY, cell == MANY, column == MANY};
     for (; walk.left > 0; next_turn(&walk)) {
         memcpy(at, walk.at, sizeof at);
         for (int64_t line = 0; line < walk.lines;) {
             int rows = is_block && walk.lines - line >= ROWS ? ROWS : 1;
-            int64_t most = rows == ROWS ? SHORT : LINE;
-            for (int64_t start = 0; start < length; start += most) {
-                int64_t n = length - start < most ? length - start : most;
-                if (rows == ROWS)
-                    go(job, &(Piece){at, apart, ROWS, n}, part, pass, cell, column, weight);
-                else go(job, &(Piece){at, apart, 1, n}, part, pass, cell, column, weight);
-                for (int o = 0; o < OPERANDS; o++) at[o] += is_along[o] * n;
-            }
-            for (int o = 0; o < OPERANDS; o++) at[o] += rows * apart[o] - is_along[o] * length;
+            if (rows == ROWS)
+                pieces_of(job, at, apart, ROWS, length, SHORT, part, pass, cell, column, weight);
+            else pieces_of(job, at, apart, 1, length, LINE, part, pass, cell, column, weight);
+            for (int o = 0; o < OPERANDS; o++) at[o] += rows * apart[o];
             line += rows;
         }
     }

@@ -1,9 +1,11 @@
-/* What becomes of sums: moments, maps and gradients of cells and sets; and the stages in turn. */
+/* The stages in turn: either all of them for what stays in the cache, and then for the next, or each
+   for the whole tensor. */
 
 #ifndef KERAS_BN_STAGES_H
 #define KERAS_BN_STAGES_H
 
-#include "passes.h"
+#include "cells.h"
+#include "rows.h"
 
 /* Set the sums of some cells to 0. */
 static void clear(Job *job, int64_t from, int64_t to) {
@@ -12,23 +14,6 @@ static void clear(Job *job, int64_t from, int64_t to) {
         for (int half = 0; half < 2; half++)
             memset(sums->sums + part * sums->copy + half * sums->number + from - sums->first, 0,
                    (size_t)(to - from) * sizeof(double));
-}
-
-/* Add what the other parts have to the sums of some cells. */
-static void join_parts(Job *job, const Sums *sums, int64_t from, int64_t to) {
-    for (int part = 1; sums->copy && part < job->parts; part++)
-        for (int half = 0; half < 2; half++) {
-            double *own = sums->sums + half * sums->number, *others = own + part * sums->copy;
-            for (int64_t i = from; i < to; i++) own[i] += others[i];
-        }
-}
-
-/* Say whether each line, in one piece, is all of its cell: then its pivot is found on the way. */
-static int are_lines_alone(const Job *job) {
-    int64_t lines = 1, length = job->nest.size[job->nest.rank - 1];
-    for (int i = 0; i < job->nest.rank - 1; i++) lines *= job->nest.size[i];
-    return lines == job->all && length <= LINE && !job->weights
-        && !job->nest.stride[CELL][job->nest.rank - 1];
 }
 
 /* Take the first element of each sum as its pivot. */
@@ -52,184 +37,6 @@ static void find_pivots(Job *job, int64_t from, int64_t to) {
         }
     }
 }
-
-/* Say whether a count in float32 is what was counted, as that of a mask is. */
-INLINED int is_exact(float count) { return count < 1 << 24 && count == (float)(int32_t)count; }
-
-INLINED void moments_of(Job *job, int64_t from, int64_t to, int is_counted, int is_centered) {
-    const double *restrict first = job->cells.sums - job->cells.first;
-    const double *restrict second = first + job->cells.number;
-    const float *restrict counts = job->counts;
-    float *restrict center = job->center, *restrict offset = job->offset, *restrict m2 = job->m2;
-    double same = job->count > 0 ? job->count : 1;
-    int64_t far = 0;
-    for (int64_t i = from; i < to; i++) {
-        double count = !is_counted ? same : counts[i] > 0 ? counts[i] : 1;
-        double distance = is_centered ? first[i] / count : 0, lost = first[i] * distance;
-        double rest = second[i] - lost, mean = center[i] + distance;
-        /* 12 of 53 bits may go; but what is lost of a count in float32 is lost here, too. */
-        far += lost > (is_counted && !is_exact(counts[i]) ? 8 : 4096) * rest;
-        center[i] = (float)mean;
-        offset[i] = (float)(mean - (float)mean);
-        m2[i] = rest < 0 ? 0 : (float)rest; /* a NaN stays one */
-    }
-    if (far) job->is_far = 1;
-}
-
-/* Turn the sums of cells into moments. */
-FOR_EACH_CPU static void finish_moments(Job *job, int64_t from, int64_t to, int part) {
-    (void)part;
-    if (!job->is_centered) moments_of(job, from, to, 0, 0);
-    else if (job->counts) moments_of(job, from, to, 1, 1);
-    else moments_of(job, from, to, 0, 1);
-}
-
-/* Give each cell the moments of its set, as core/moments.py merges them. */
-static void merge(Job *job, int64_t from, int64_t to) {
-    int64_t number = job->together;
-    for (int64_t set = from; set < to; set += number) {
-        double distance = 0, m2 = 0, pivot = job->center[set];
-        for (int64_t i = set; i < set + number; i++)
-            distance += (job->center[i] - pivot + job->offset[i]) / number;
-        for (int64_t i = set; i < set + number; i++) {
-            double own = job->center[i] - pivot + job->offset[i] - distance;
-            m2 += job->m2[i] + job->count * own * own;
-        }
-        float center = (float)(pivot + distance), offset = (float)(pivot + distance - center);
-        for (int64_t i = set; i < set + number; i++)
-            job->center[i] = center, job->offset[i] = offset, job->m2[i] = (float)m2;
-    }
-}
-
-/* Say whether gamma and beta belong to cells. */
-static int is_composed(const Job *job) { return job->gamma && !job->varies; }
-
-/* Return how many cells there are until their columns begin again. */
-static int64_t cells_to_wrap(const Job *job, int64_t i, int64_t to) {
-    int64_t ahead = job->columns.number - i % job->columns.number;
-    return ahead < to - i ? ahead : to - i;
-}
-
-/* Correct the maps towards what is kept, r and d within their limits; a NaN stays one. */
-static void correct(Job *job, int64_t from, int64_t to) {
-    double least = job->limits[0], most = job->limits[1], farthest = job->limits[2];
-    double count = job->count * job->together;
-    for (int64_t i = from; i < to; i++) {
-        double mean = job->kept[i % job->kept_columns];
-        double stddev = job->kept[job->kept_columns + i % job->kept_columns];
-        double r = sqrt(job->m2[i] / count + job->epsilon) / stddev;
-        double d = (job->center[i] - mean + job->offset[i]) / stddev;
-        r = r < least ? least : r > most ? most : r;
-        d = d < -farthest ? -farthest : d > farthest ? farthest : d;
-        job->r[i] = (float)r, job->d[i] = (float)d;
-        job->slope[i] *= job->r[i];
-        job->level[i] = job->level[i] * job->r[i] + job->d[i];
-    }
-}
-
-/* Turn the sums of cells into the map of each. */
-FOR_EACH_CPU static void finish_map(Job *job, int64_t from, int64_t to, int part) {
-    finish_moments(job, from, to, part);
-    if (job->together > 1) merge(job, from, to);
-    const float *restrict m2 = job->m2, *restrict offset = job->offset;
-    float *restrict scale = job->scale, *restrict shift = job->shift;
-    double count = job->count * job->together, epsilon = job->epsilon;
-    for (int64_t i = from; i < to; i++) {
-        scale[i] = (float)(1 / sqrt(m2[i] / count + epsilon));
-        shift[i] = -offset[i] * scale[i];
-    }
-    memcpy(job->slope + from, scale + from, (size_t)(to - from) * sizeof(float));
-    memcpy(job->level + from, shift + from, (size_t)(to - from) * sizeof(float));
-    if (job->kept) correct(job, from, to);
-    for (int64_t i = from, n; is_composed(job) && i < to; i += n) {
-        const float *gamma = job->gamma + i % job->columns.number;
-        const float *beta = job->beta + i % job->columns.number;
-        n = cells_to_wrap(job, i, to);
-        for (int64_t j = 0; j < n; j++) {
-            job->slope[i + j] *= gamma[j];
-            job->level[i + j] = job->level[i + j] * gamma[j] + beta[j];
-        }
-    }
-}
-
-/* Keep the sums of cells as levels and slopes. */
-static void finish_sums(Job *job, int64_t from, int64_t to, int part) {
-    (void)part;
-    const double *first = job->cells.sums - job->cells.first, *second = first + job->cells.number;
-    for (int64_t i = from; i < to; i++)
-        job->level[i] = (float)first[i], job->slope[i] = (float)second[i];
-}
-
-/* Turn Σ dy and Σ dy·(x - center) into Σ dy·z, and both into Σ g·dy and Σ g·dy·z. */
-static void weigh(Job *job, int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; i++) {
-        job->factor[i] = job->scale[i];
-        if (!job->varies)
-            job->slope[i] = job->slope[i] * job->scale[i] + job->level[i] * job->shift[i];
-    }
-    for (int64_t i = from, n; is_composed(job) && i < to; i += n) {
-        const float *gamma = job->gamma + i % job->columns.number;
-        n = cells_to_wrap(job, i, to);
-        for (int64_t j = 0; j < n; j++)
-            job->level[i + j] *= gamma[j], job->slope[i + j] *= gamma[j],
-                job->factor[i + j] *= gamma[j];
-    }
-}
-
-/* Give each cell the sums of its set. */
-static void share(Job *job, int64_t from, int64_t to) {
-    for (int64_t set = from; set < to; set += job->together) {
-        double first = 0, second = 0;
-        for (int64_t i = set; i < set + job->together; i++)
-            first += job->level[i], second += job->slope[i];
-        for (int64_t i = set; i < set + job->together; i++)
-            job->level[i] = (float)first, job->slope[i] = (float)second;
-    }
-}
-
-/* Over a set of n, dx = scale·(g·dy - Σ g·dy / n - z·Σ g·dy·z / n): with
-   z = (x - center)·scale + shift that is scale·g·dy + (x - center)·slope + level. */
-FOR_EACH_CPU static void finish_gradients(Job *job, int64_t from, int64_t to, int part) {
-    finish_sums(job, from, to, part);
-    weigh(job, from, to);
-    if (job->together > 1) share(job, from, to);
-    double count = job->count * job->together;
-    double share = 1 / count, centered = job->is_centered ? share : 0;
-    const float *restrict scale = job->scale, *restrict shift = job->shift;
-    float *restrict slope = job->slope, *restrict level = job->level;
-    for (int64_t i = from; i < to; i++) {
-        float by_slope = (float)(-slope[i] * share * scale[i]);
-        level[i] = (float)(-level[i] * centered * scale[i]) + by_slope * shift[i];
-        slope[i] = by_slope * scale[i];
-    }
-}
-
-/* Add the sums of some cells, Σ dy and Σ dy·z, to those of some columns. */
-static void add_to_columns(Job *job, int64_t from, int64_t to, int64_t lowest, int64_t highest,
-                           int part) {
-    const double *first = job->cells.sums - job->cells.first, *second = first + job->cells.number;
-    double *firsts = job->columns.sums + part * job->columns.copy;
-    double *seconds = firsts + job->columns.number;
-    for (int64_t i = from, n; i < to; i += n) {
-        int64_t column = i % job->columns.number;
-        n = cells_to_wrap(job, i, to);
-        int64_t low = lowest > column ? lowest - column : 0;
-        int64_t high = highest - column < n ? highest - column : n;
-        for (int64_t j = low; j < high; j++) {
-            double a = first[i + j], b = second[i + j];
-            firsts[column + j] += a;
-            seconds[column + j] += b * job->scale[i + j] + a * job->shift[i + j];
-        }
-    }
-}
-
-static void write_columns(Job *job, float *out) {
-    join_parts(job, &job->columns, 0, job->columns.number);
-    for (int64_t i = 0; i < 2 * job->columns.number; i++) out[i] = (float)job->columns.sums[i];
-}
-
-/* ---- The stages in turn: either all of them for what stays in the cache, and then for the next,
-   or each for the whole tensor. */
 
 static void sum_and_finish(Job *job, int64_t from, int64_t to, int part) {
     int64_t stride = job->nest.stride[CELL][0], first = from * stride, last = to * stride;
@@ -284,6 +91,13 @@ static void columns_of_part(void *given, int part) {
     add_to_columns(job, 0, job->all, from, to, 0);
 }
 
+static void rows_of_part(void *shared, int part) {
+    Job own = *(Job *)shared;
+    int64_t size = own.nest.size[0];
+    own.rows(&own, size * part / own.parts, size * (part + 1) / own.parts, part);
+    finish_copies();
+}
+
 static void map_of_part(void *given, int part) {
     Job *job = given;
     int64_t size = job->nest.size[0];
@@ -293,6 +107,10 @@ static void map_of_part(void *given, int part) {
 
 static void run(Job *job) {
     int parts = job->parts, threads = job->threads, few = job->all < SMALL ? 1 : threads;
+    if (job->rows && are_rows(job)) {
+        in_parts(rows_of_part, job, parts, threads);
+        return;
+    }
     if (job->sum && are_apart(job)) {
         in_parts(all_of_part, job, parts, threads);
         return;

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from keras_bn.core.affine import Affine, Learned
 from keras_bn.core.moments import Moments
-from keras_bn.kernels.compiled import RANK, TYPES, are_in_turn, cores, corrected, place
+from keras_bn.kernels.compiled import RANK, TYPES, are_in_turn, cores, corrected, library, place
 from keras_bn.kernels.normalization import Plan, Whole, varies
 from keras_bn.kernels.tensorflow import calls
 from keras_bn.kernels.tensorflow.tracing import (
@@ -31,7 +31,7 @@ Type = tuple[str, Any]
 @cache
 def _operations() -> Any:
     """Return the module of the operations; None without a library, or beside a GPU."""
-    path = place("tensorflow_ops")
+    path = place("tensorflow_ops") if library() is not None else None
     # There a graph would carry each tensor to the CPU and back.
     is_on_cpu = not tf.config.list_logical_devices("GPU")
     return tf.load_op_library(path) if path is not None and is_on_cpu else None
