@@ -85,8 +85,7 @@ def normalize(
         total = pooling.total
         # Compiled code would sum what belongs together again for each element (torch 2.13).
         pooling = pooling._replace(total=lambda cells: _hold(total(cells)))
-    correct = _held(correct) if correct is not None and is_compiling() else correct
-    plan = Plan(pooling, epsilon, dtype, correct, kept)
+    plan = Plan(pooling, epsilon, dtype, correct, kept, _hold)
     # JAX would count a collective inside a derivative by hand twice: then in parts.
     is_whole = pooling.across is None or hasattr(pooling.across, "total")
     if is_whole and hasattr(_kernel, "normalize"):
@@ -117,14 +116,6 @@ def is_compiling() -> bool:
 def _hold(x: Tensor) -> Tensor:
     """Keep compiled PyTorch from computing a value again, where it is used or may have moved."""
     return _kernel.hold(x) if hasattr(_kernel, "hold") else x
-
-
-def _held(correct: Corrector) -> Corrector:
-    def held(moments: Moments) -> tuple[Tensor, Tensor]:
-        r, d = correct(moments)
-        return _hold(r), _hold(d)
-
-    return held
 
 
 def is_foreign(x: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """The whole of a normalization, from a kernel's `moments` and `apply`."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from keras_bn.core.affine import Affine, Learned, compose, standardize, uncentered
@@ -12,6 +13,11 @@ from keras_bn.types import Tensor
 Corrected = tuple[Tensor, Tensor] | None
 
 
+def as_it_is(x: Tensor) -> Tensor:
+    """Return what is given."""
+    return x
+
+
 class Plan(NamedTuple):
     """What a normalization does, beside its tensors.
 
@@ -21,6 +27,7 @@ class Plan(NamedTuple):
         dtype: Dtype of the output.
         correct: Gives r and d from the moments; None for 1 and 0.
         kept: Moments in place of those of an empty set; None to take 0.
+        hold: Keeps a compiler from computing r or d again, where it is used or may have moved.
     """
 
     pooling: Pooling
@@ -28,6 +35,7 @@ class Plan(NamedTuple):
     dtype: str
     correct: Corrector | None = None
     kept: Moments | None = None
+    hold: Callable[[Tensor], Tensor] = as_it_is
 
     @property
     def is_simple(self) -> bool:
@@ -84,7 +92,10 @@ def normalize(kernel: Any, x: Tensor, learned: Learned, plan: Plan) -> tuple[Ten
     affine = standardize(filled, plan.epsilon)
     if not plan.pooling.is_centered:
         affine = uncentered(affine)
-    correction = None if plan.correct is None else plan.correct(moments)
+    correction = None
+    if plan.correct is not None:
+        r, d = plan.correct(moments)
+        correction = (plan.hold(r), plan.hold(d))
     seen = Seen(filled.count, affine, correction)
     if correction is not None:
         affine = compose(affine, *correction)

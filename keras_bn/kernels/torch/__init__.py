@@ -3,8 +3,9 @@
 import torch
 
 from keras_bn.kernels.steps import Kernel
-from keras_bn.kernels.torch import compiled, passes
-from keras_bn.kernels.torch.autograd import is_transformed, run
+from keras_bn.kernels.torch import passes
+from keras_bn.kernels.torch.autograd import run
+from keras_bn.kernels.torch.tracing import is_memory, is_transformed, takes_operations
 from keras_bn.types import Tensor
 
 __all__ = [
@@ -25,7 +26,7 @@ moments, apply, normalize = _kernel.moments, _kernel.apply, _kernel.normalize
 
 def known_number(x: Tensor) -> Tensor | int:
     """Return a whole number as one of Python, where it is there to be read."""
-    return int(x) if compiled.is_memory(x) and not is_transformed() else x
+    return int(x) if is_memory(x) and not is_transformed() else x
 
 
 def hold(x: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ def hold(x: Tensor) -> Tensor:
     torch 2.13: compiled code may compute it again in the backward pass, from statistics that the
     forward pass has moved meanwhile, and silently return a wrong gradient.
     """
-    return torch.ops.keras_bn.hold(x) if torch.compiler.is_compiling() else x
+    return torch.ops.keras_bn.hold(x) if takes_operations() else x
 
 
 @torch.library.custom_op("keras_bn::hold", mutates_args=())

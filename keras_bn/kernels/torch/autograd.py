@@ -5,10 +5,9 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch._C import _functorch  # nothing public says whether `torch.func` is at work
-from torch.autograd import forward_ad
 
 from keras_bn.kernels.steps import Step
+from keras_bn.kernels.torch.tracing import is_transformed
 from keras_bn.types import Tensor
 
 
@@ -18,7 +17,7 @@ def run(step: Step, *inputs: Tensor) -> tuple[Tensor, ...]:
     Of the inputs' size, only the inputs are saved. Under `torch.func` and in forward mode it is
     the plain step, which goes through everything.
     """
-    if not torch.compiler.is_compiling() and is_transformed(*inputs):
+    if is_transformed(*inputs):
         outputs, others = step.plain(inputs, None)
         return (*outputs, *others)
     if not torch.is_grad_enabled():
@@ -27,12 +26,6 @@ def run(step: Step, *inputs: Tensor) -> tuple[Tensor, ...]:
         return (*outputs, *others)
     results: tuple[Tensor, ...] = _Differentiable.apply(step, *inputs)
     return results
-
-
-def is_transformed(*inputs: Tensor) -> bool:
-    """Say whether `torch.func` is at work, or forward mode on one of the inputs."""
-    duals = (forward_ad.unpack_dual(part).tangent is not None for part in inputs)
-    return _functorch.peek_interpreter_stack() is not None or any(duals)
 
 
 class _Differentiable(torch.autograd.Function):

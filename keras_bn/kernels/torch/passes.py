@@ -16,8 +16,8 @@ from keras_bn.core.dtypes import statistics_dtype
 from keras_bn.kernels import generic
 from keras_bn.kernels.normalization import Plan, Whole
 from keras_bn.kernels.torch import compiled
-from keras_bn.kernels.torch.autograd import is_transformed
 from keras_bn.kernels.torch.sums import sum_over
+from keras_bn.kernels.torch.tracing import is_transformed
 from keras_bn.types import Tensor
 
 Axes = tuple[int, ...]

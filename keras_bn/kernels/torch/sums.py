@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from keras_bn.kernels.torch.tracing import takes_operations
 from keras_bn.types import Tensor
 
 Axes = tuple[int, ...]
@@ -17,7 +18,7 @@ def sum_over(values: Tensor, axes: Axes, dtype: torch.dtype) -> Tensor:
         return _in_blocks(values, axes, dtype)
     # torch 2.13: inductor's loops on the CPU add one by one (48 units in the last place for 4096
     # elements) where eager kernels sum in blocks.
-    if dtype == torch.float64:
+    if dtype == torch.float64 and takes_operations():
         total: Tensor = torch.ops.keras_bn.eager_sum(values.to(dtype), axes)
         return total
     return _in_short_blocks(values, axes, dtype)

@@ -1,0 +1,215 @@
+"""The passes in C as operations in code that torch.compile makes: right, and there to be used."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_bn.core.affine import Learned
+from keras_bn.core.estimators import Correction, Limits
+from keras_bn.core.pooling import Pooling
+from keras_bn.kernels.compiled import library
+from tests.kernels import hard
+from tests.kernels.compiled_cases import (
+    CASES,
+    compare,
+    compare_groups,
+    drawn,
+    drawn_groups,
+    drawn_to_correct,
+    every_batch,
+    every_case,
+    every_learned,
+    every_limit,
+)
+
+if keras.backend.backend() != "torch":
+    pytest.skip("operations of PyTorch", allow_module_level=True)
+if library() is None:
+    pytest.skip("built without a compiler, or switched off", allow_module_level=True)
+
+import torch
+
+import keras_bn
+from keras_bn import kernels
+from keras_bn.kernels.torch import operations
+from tests.kernels.test_compiled import LAYOUTS, tensor
+
+
+class Recorder:
+    """The library, and the names of what is called in it."""
+
+    def __init__(self, library):
+        self.library, self.names = library, set()
+
+    def __getattr__(self, name):
+        self.names.add(name.removeprefix("keras_bn_"))
+        return getattr(self.library, name)
+
+
+@pytest.fixture
+def called(monkeypatch):
+    recorder = Recorder(library())
+    monkeypatch.setattr(operations, "_library", recorder)
+    return recorder.names
+
+
+def compiled(function, backend="aot_eager"):
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True, backend=backend)
+
+
+def gradients(function, inputs, *dy, is_any_size=False):
+    """Return results and gradients."""
+    given = [part.detach().requires_grad_() for part in inputs]
+    if is_any_size:
+        torch._dynamo.mark_dynamic(given[0], 0)
+    first, *rest = function(*given)
+    found = [first, *rest, *torch.autograd.grad(first, given, *dy)]
+    return [part.detach().double().numpy() for part in found]
+
+
+def whole(pooling, dtype="float32", correct=None):
+    def function(x, *learned):
+        given = Learned(*learned) if learned else Learned(None, None)
+        y, moments = kernels.normalize(x, pooling, given, hard.EPSILON, dtype, correct=correct)
+        return y, moments.variance
+
+    return function
+
+
+def check(x, dy, gamma, beta, axes, dtype="float32", backend="aot_eager", is_any_size=False):
+    function = compiled(whole(Pooling(axes), dtype), backend)
+    given = [x, torch.from_numpy(gamma), torch.from_numpy(beta)]
+    found = gradients(function, given, dy, is_any_size=is_any_size)
+    compare(found, *(part.double().numpy() for part in (x, dy)), gamma, beta, axes, dtype)
+
+
+@every_case
+@pytest.mark.parametrize(("dtype", "mean"), [("float32", 1e4), ("float16", 0.5), ("bfloat16", 0.5)])
+def test_normalization_and_its_gradients_are_right(shape, axes, varied, dtype, mean, called):
+    x, dy, *learned = drawn(shape, axes, varied, mean, dtype)
+    check(tensor(x), tensor(dy), *learned, axes, dtype)
+    assert called == {"normalize", "gradients"}
+
+
+# What PyTorch makes code of takes seconds each.
+@pytest.mark.parametrize("case", ["columns", "images, channels first", "rows of two axes"])
+@pytest.mark.parametrize("is_any_size", [False, True], ids=["known sizes", "any size"])
+def test_code_that_is_made_around_them_is_right(case, is_any_size, called):
+    shape, axes, varied = CASES[case]
+    x, dy, *learned = drawn(shape, axes, varied, 1e4)
+    big = map(tensor, (x, dy))
+    check(*big, *learned, axes, backend="inductor", is_any_size=is_any_size)
+    assert called == {"normalize", "gradients"}
+
+
+@pytest.mark.parametrize("case", ["images", "rows that are not last", "two kept axes"])
+@pytest.mark.parametrize("laid_out", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_memory_may_lie_in_any_order(case, laid_out, backend):
+    shape, axes, varied = CASES[case]
+    x, dy, *learned = drawn(shape, axes, varied)
+    big = (laid_out(tensor(part)) for part in (x, dy))
+    check(*big, *learned, axes, backend=backend)
+
+
+@pytest.mark.parametrize("axis", [1, 2], ids=["first", "last"])
+def test_groups_are_merged_as_the_core_merges_them(axis, called):
+    x, pooling = drawn_groups(axis)
+    found = gradients(compiled(whole(pooling)), [tensor(x)], torch.ones(x.shape))
+    assert called == {"normalize", "gradients"}
+    compare_groups(found[0], x, axis)
+
+
+@every_limit
+@every_learned
+@every_batch
+def test_sets_are_corrected_as_the_core_corrects_them(shape, learned, limits, called):
+    big, kept = drawn_to_correct(shape)
+    x, dy, mean, stddev, gamma, beta = map(tensor, big + kept)
+    ends = Limits(*(None if end is None else torch.tensor(end) for end in limits))
+    correct = Correction(mean, stddev, ends, hard.EPSILON)
+    pooling, results = Pooling((x.ndim - 2,)), []
+    for own in (correct, lambda batch: correct(batch)):
+        function = compiled(whole(pooling, correct=own))
+        called.clear()
+        results.append(gradients(function, [x, gamma, beta] if learned else [x], dy))
+        assert ("normalize" in called) == (own is correct)
+    for found, wanted in zip(*results, strict=True):
+        assert np.allclose(found, wanted, rtol=2e-5, atol=2e-5 * np.abs(wanted).max())
+
+
+LAYERS = {
+    "batch": (keras_bn.BatchNormalization, {}, {"training": True}),
+    "renormalization": (keras_bn.BatchRenormalization, {}, {"training": True}),
+    "ghosts": (keras_bn.BatchNormalization, {"virtual_batch_size": 2}, {"training": True}),
+    "groups": (keras_bn.GroupNormalization, {"groups": 4}, {}),
+    "root mean square": (keras_bn.RMSNormalization, {}, {}),
+    "nothing learned": (keras_bn.LayerNormalization, {"scale": False, "center": False}, {}),
+}
+every_layer = pytest.mark.parametrize(("kind", "options", "use"), LAYERS.values(), ids=LAYERS)
+
+
+def built(kind, options, shape=(None, 5, 16)):
+    layer = kind(**options)
+    layer.build(shape)
+    return layer
+
+
+@every_layer
+def test_a_layer_in_compiled_code_is_the_layer(kind, options, use, called):
+    results = []
+    for how in (compiled, lambda function: function):
+        layer = built(kind, options)
+        x = torch.randn(6, 5, 16, generator=torch.manual_seed(0)).requires_grad_()
+        y = how(lambda x, layer=layer: torch.sin(layer(x, **use)).sum())(x)
+        weights = [weight.value for weight in layer.trainable_variables]
+        state = [weight.numpy() for weight in layer.non_trainable_variables]
+        found = torch.autograd.grad(y, [x, *weights])
+        results.append([*(part.numpy() for part in found), *state])
+        assert {"normalize", "gradients"} == called
+        called.clear()
+    for found, wanted in zip(*results, strict=True):
+        assert np.allclose(found, wanted, atol=1e-5)
+
+
+# Keras' own state moves when a layer is called: PyTorch says so.
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+@every_layer
+def test_what_is_exported_holds_no_operation_of_ours(kind, options, use):
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = built(kind, options)
+
+        def forward(self, x):
+            return self.layer(x, **dict.fromkeys(use, False))
+
+    x = torch.randn(6, 5, 16)
+    for strict in (False, True):
+        program = torch.export.export(Module(), (x,), strict=strict)
+        assert not [node for node in program.graph.nodes if "keras_bn" in str(node.target)]
+
+
+TRANSFORMS = {
+    "vmap": (torch.vmap, lambda layer: layer),
+    "grad": (torch.func.grad, lambda layer: lambda x: torch.sin(layer(x)).sum()),
+    "jvp": (
+        lambda f: lambda x: torch.func.jvp(f, (x,), (torch.cos(x),))[1],
+        lambda layer: lambda x: torch.sin(layer(x)),
+    ),
+}
+
+
+# An operation without derivatives would pass for a constant there. PyTorch loads its decompositions
+# with a function that it has deprecated itself (torch 2.13).
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(("transform", "made"), TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("kind", [keras_bn.GroupNormalization, keras_bn.LayerNormalization])
+def test_transforms_within_compiled_code_get_plain_operations(kind, transform, made, called):
+    layer = built(kind, {"groups": 4} if kind is keras_bn.GroupNormalization else {})
+    function, x = transform(made(layer)), torch.randn(6, 3, 5, 16)
+    x = x if transform is torch.vmap else x[:, 0]
+    found = compiled(function)(x)
+    assert not called
+    assert torch.allclose(found, function(x), atol=1e-5)
