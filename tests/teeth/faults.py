@@ -18,7 +18,8 @@ class Fault(NamedTuple):
     @property
     def kernels(self) -> str:
         """Which of the kernels must be at work: what is compiled would hide what is not."""
-        return "" if "compiled" in self.file else "uncompiled"
+        are_passes = "compiled" in self.file or "tracing" in self.file
+        return "" if are_passes else "uncompiled"
 
 
 # Tests that are quick. When the fuzz draws other cases, a run without the number finds another one.
@@ -339,7 +340,7 @@ if BACKEND == "torch":
     EVERYWHERE = "tests/kernels/test_compiled.py"
     FAULTS |= {
         "deviations from a first element that is an outlier": Fault(
-            f"{COMPILED}stages.h", "if (far) job->is_far = 1;", "", EVERYWHERE
+            f"{COMPILED}cells.h", "if (far) job->is_far = 1;", "", EVERYWHERE
         ),
         "terms of moments added in single precision": Fault(
             f"{COMPILED}lines.h",
@@ -348,19 +349,19 @@ if BACKEND == "torch":
             "tests/layers/test_columns.py -k 'about_0 or one_pass'",
         ),
         "sums of the other threads forgotten": Fault(
-            f"{COMPILED}stages.h",
+            f"{COMPILED}cells.h",
             "for (int part = 1; sums->copy && part < job->parts; part++)",
             "for (int part = 1; sums->copy && part < 0; part++)",
             EVERYWHERE,
         ),
         "channels of a group left apart": Fault(
-            f"{COMPILED}stages.h",
+            f"{COMPILED}cells.h",
             "if (job->together > 1) merge(job, from, to);",
             "",
             "tests/layers/test_groups.py",
         ),
         "d forgotten where sets are corrected": Fault(
-            f"{COMPILED}stages.h",
+            f"{COMPILED}cells.h",
             "job->level[i] * job->r[i] + job->d[i];",
             "job->level[i] * job->r[i];",
             f"{EVERYWHERE} -k are_corrected",
@@ -377,8 +378,20 @@ if BACKEND == "torch":
             "bits[j] >> 16",
             "tests/kernels/test_compiled.py",
         ),
+        "gradients of what is learned forgotten where sets are lines": Fault(
+            f"{COMPILED}rows.h",
+            "if (sum == PRODUCTS) add_to_columns(job, from, to, 0, job->columns.number, part);",
+            "",
+            EVERYWHERE,
+        ),
+        "operations of ours in what is exported": Fault(
+            "kernels/torch/tracing.py",
+            "and not torch.compiler.is_exporting()",
+            "",
+            "tests/kernels/test_torch_operations.py -k exported",
+        ),
         "memory read without regard to who traces": Fault(
-            "kernels/torch/compiled.py",
+            "kernels/torch/tracing.py",
             "and not _len_torch_dispatch_stack()",
             "",
             "tests/kernels/test_compiled.py -k traced",

@@ -22,11 +22,11 @@ INLINED void moments_of(Job *job, int64_t from, int64_t to, int is_counted, int 
     const double *restrict second = first + job->cells.number;
     const float *restrict counts = job->counts;
     float *restrict center = job->center, *restrict offset = job->offset, *restrict m2 = job->m2;
-    double same = job->count > 0 ? job->count : 1;
+    double same = 1 / (job->count > 0 ? job->count : 1);
     int64_t far = 0;
     for (int64_t i = from; i < to; i++) {
-        double count = !is_counted ? same : counts[i] > 0 ? counts[i] : 1;
-        double distance = is_centered ? first[i] / count : 0, lost = first[i] * distance;
+        double share = !is_counted ? same : 1 / (double)(counts[i] > 0 ? counts[i] : 1);
+        double distance = is_centered ? first[i] * share : 0, lost = first[i] * distance;
         double rest = second[i] - lost, mean = center[i] + distance;
         /* 12 of 53 bits may go; but what is lost of a count in float32 is lost here, too. */
         far += lost > (is_counted && !is_exact(counts[i]) ? 8 : 4096) * rest;
@@ -94,9 +94,9 @@ FOR_EACH_CPU static void finish_map(Job *job, int64_t from, int64_t to, int part
     if (job->together > 1) merge(job, from, to);
     const float *restrict m2 = job->m2, *restrict offset = job->offset;
     float *restrict scale = job->scale, *restrict shift = job->shift;
-    double count = job->count * job->together, epsilon = job->epsilon;
+    double share = 1 / (job->count * job->together), epsilon = job->epsilon;
     for (int64_t i = from; i < to; i++) {
-        scale[i] = (float)(1 / sqrt(m2[i] / count + epsilon));
+        scale[i] = (float)(1 / sqrt(m2[i] * share + epsilon));
         shift[i] = -offset[i] * scale[i];
     }
     memcpy(job->slope + from, scale + from, (size_t)(to - from) * sizeof(float));
