@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import keras_bn
 from keras_bn.core.pooling import Pooling, group_total
 from keras_bn.kernels import reference
 from tests.kernels import hard
@@ -41,6 +42,17 @@ LIMITS = {"none": (None, None, None), "some": (None, 1.5, 0.1), "all": (0.8, 1.2
 every_limit = pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
 every_learned = pytest.mark.parametrize("learned", [True, False], ids=["learned", "as it is"])
 every_batch = pytest.mark.parametrize("shape", [(700, 24), (8, 90, 24)], ids=["one", "ghosts"])
+
+
+LAYERS = {
+    "batch": (keras_bn.BatchNormalization, {}, {"training": True}),
+    "renormalization": (keras_bn.BatchRenormalization, {}, {"training": True}),
+    "ghosts": (keras_bn.BatchNormalization, {"virtual_batch_size": 2}, {"training": True}),
+    "groups": (keras_bn.GroupNormalization, {"groups": 4}, {}),
+    "root mean square": (keras_bn.RMSNormalization, {}, {}),
+    "nothing learned": (keras_bn.LayerNormalization, {"scale": False, "center": False}, {}),
+}
+every_layer = pytest.mark.parametrize(("kind", "options", "use"), LAYERS.values(), ids=LAYERS)
 
 
 def drawn_to_correct(shape):

@@ -20,6 +20,7 @@ from tests.kernels.compiled_cases import (
     drawn_to_correct,
     every_batch,
     every_case,
+    every_layer,
     every_learned,
     every_limit,
     every_weight,
@@ -138,17 +139,6 @@ def test_sets_are_corrected_as_the_core_corrects_them(shape, learned, limits, xl
         assert ("normalize" in operations(graph)) == (own is correct)
     for found, wanted in zip(*results, strict=True):
         assert np.allclose(found, wanted, rtol=2e-5, atol=2e-5 * np.abs(wanted).max())
-
-
-LAYERS = {
-    "batch": (keras_bn.BatchNormalization, {}, {"training": True}),
-    "renormalization": (keras_bn.BatchRenormalization, {}, {"training": True}),
-    "ghosts": (keras_bn.BatchNormalization, {"virtual_batch_size": 2}, {"training": True}),
-    "groups": (keras_bn.GroupNormalization, {"groups": 4}, {}),
-    "root mean square": (keras_bn.RMSNormalization, {}, {}),
-    "nothing learned": (keras_bn.LayerNormalization, {"scale": False, "center": False}, {}),
-}
-every_layer = pytest.mark.parametrize(("kind", "options", "use"), LAYERS.values(), ids=LAYERS)
 
 
 def gradients_of(layer, use):
