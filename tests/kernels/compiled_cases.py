@@ -30,6 +30,8 @@ CASES = {
     "rows that are not last": ((12, 90, 40), (1,), (1,)),
     "rows of two axes": ((40, 15, 60), (1, 2), (1, 2)),
     "rows apart": ((30, 15, 60), (0, 2), (0, 2)),
+    "rows that share nothing": ((1, 20, 48), (2,), (1, 2)),
+    "groups of rows": ((9, 20, 48), (2,), (1, 2)),
     "sets of one element": ((300, 120, 1), (2,), (1, 2)),
     "a single element": ((1, 1), (0,), (1,)),
 }

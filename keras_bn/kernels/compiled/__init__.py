@@ -77,7 +77,7 @@ def library() -> ctypes.CDLL | None:
     path = place("passes")
     if path is None:
         return None
-    # Whole for the process: the operations of TensorFlow are a library of their own, which calls it.
+    # For the whole process: TensorFlow's operations are a library of their own, which calls it.
     loaded = ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
     for name, types in _ARGUMENTS.items():
         getattr(loaded, f"keras_bn_{name}").argtypes = types

@@ -14,14 +14,14 @@ static int are_lines_alone(const Job *job) {
         && !job->nest.stride[CELL][job->nest.rank - 1];
 }
 
-/* Say whether sets are lines, with cells side by side from line to line; what is learned varies along
-   all of them, which share it in gradients, or is of sets. */
+/* Say whether sets are lines, with cells side by side from line to line. What is learned is of sets,
+   or it varies along the lines, and those of a block share it where there are gradients. */
 static int are_rows(const Job *job) {
     const Nest *nest = &job->nest;
-    int lines = nest->rank - 2, column = job->varies ? along_line(job, COLUMN, job->gamma) : ABSENT;
-    return are_lines_alone(job) && job->together == 1 && !job->kept && column != ONE
-        && nest->stride[CELL][lines] == 1
-        && (lines == 0 || !job->columns.sums || !nest->stride[COLUMN][lines]);
+    int lines = nest->rank - 2, is_shared = !nest->stride[COLUMN][lines];
+    int varies_so = along_line(job, COLUMN, job->gamma) == MANY && (is_shared || !job->columns.sums);
+    return are_lines_alone(job) && job->together == 1 && !job->kept
+        && nest->stride[CELL][lines] == 1 && (!job->varies || varies_so);
 }
 
 /* Sum several lines, which have the sums for themselves, and map them. */
@@ -47,7 +47,7 @@ INLINED void go_by_rows(Job *job, int64_t first, int64_t last, int part, Pass su
     int loop = nest->rank - 2;
     int64_t length = nest->size[loop + 1], at[OPERANDS], apart[OPERANDS];
     for (int o = 0; o < OPERANDS; o++) apart[o] = nest->stride[o][loop];
-    int is_block = length <= SHORT || (sum == MAPPED_PRODUCTS && !apart[COLUMN]);
+    int is_block = length <= SHORT || sum == MAPPED_PRODUCTS;
     for (Walk walk = walk_of(nest, first, last); walk.left > 0; next_turn(&walk)) {
         memcpy(at, walk.at, sizeof at);
         for (int64_t line = 0; line < walk.lines;) {
