@@ -111,6 +111,9 @@ def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments,
         x, *columns.parts, *kept, axes, columns.varies, together, plan.epsilon,
         plan.pooling.is_centered, x.requires_grad, dtype,
     )  # fmt: skip
+    if torch.compiler.is_compiling():
+        # Keras sets a mask on it, which torch 2.13 forbids on one of several results.
+        y = y.view_as(y)
     size = math.prod([x.shape[axis] for axis in axes])
     correction = None if kept.values is None else (rest[4], rest[5])
     return y, Moments(size * together, affine[0], rest[0], rest[1]), Whole(affine, correction)

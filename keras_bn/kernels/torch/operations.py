@@ -221,7 +221,7 @@ def _without_gaps(*big: Tensor) -> Any:
         MemoryError: It has none, so there was no memory to work in.
     """
     if all(part.is_contiguous() for part in big):
-        raise MemoryError("The passes over a tensor found no memory for their sums.")
+        raise MemoryError
     return [part.contiguous() for part in big]
 
 
