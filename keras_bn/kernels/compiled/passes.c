@@ -83,9 +83,9 @@ int keras_bn_normalize(int rank, const int64_t *dims, char *x, int type, char *y
                        int64_t columns, float *affine, float *rest, const float *kept,
                        int64_t kept_columns, const double *limits, float *correction,
                        int is_training, int threads) {
-    Job job = {.sum = sum_moments, .finish = finish_map, .map = map, .rows = normalize_rows, .big = {x, NULL, y},
-               .types = {type, 0, y_type}, .gamma = gamma, .beta = beta, .varies = varies,
-               .count = count, .together = together, .epsilon = epsilon,
+    Job job = {.sum = sum_moments, .finish = finish_map, .map = map, .rows = normalize_rows,
+               .big = {x, NULL, y}, .types = {type, 0, y_type}, .gamma = gamma, .beta = beta,
+               .varies = varies, .count = count, .together = together, .epsilon = epsilon,
                .is_centered = is_centered, .center = affine, .scale = affine + cells,
                .shift = affine + 2 * cells, .offset = rest, .m2 = rest + cells,
                .slope = rest + 2 * cells, .level = rest + 3 * cells, .columns.number = columns,
@@ -103,10 +103,11 @@ int keras_bn_gradients(int rank, const int64_t *dims, char *x, int type, char *d
                        float *affine, float *work, float *d_learned, int threads) {
     Job job = {.sum = varies ? sum_mapped_products : sum_products, .finish = finish_gradients,
                .map = combine, .rows = differentiate_rows, .big = {x, dy, dx},
-               .types = {type, dy_type, dx_type}, .gamma = gamma, .varies = varies, .count = count, .together = together,
-               .is_centered = is_centered, .center = affine, .scale = affine + cells,
-               .shift = affine + 2 * cells, .factor = work, .slope = work + cells,
-               .level = work + 2 * cells, .is_training = 1};
+               .types = {type, dy_type, dx_type}, .gamma = gamma, .varies = varies,
+               .count = count, .together = together, .is_centered = is_centered,
+               .center = affine, .scale = affine + cells, .shift = affine + 2 * cells,
+               .factor = work, .slope = work + cells, .level = work + 2 * cells,
+               .is_training = 1};
     if (!prepare(&job, rank, dims, cells, columns, threads)) return 0;
     run(&job);
     write_columns(&job, d_learned);

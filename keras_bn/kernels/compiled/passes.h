@@ -132,8 +132,8 @@ INLINED int is_blocked(const Nest *nest, Pass pass, int cell, int weight) {
 }
 
 /* Go through the pieces of lines, of up to `most` elements. */
-INLINED void pieces_of(Job *job, const int64_t *from, const int64_t *apart, int rows, int64_t length,
-                       int64_t most, int part, Pass pass, int cell, int column, int weight) {
+INLINED void pieces_of(Job *job, const int64_t *from, const int64_t *apart, int rows,
+                       int64_t length, int64_t most, int part, Pass pass, int cell, int column, int weight) {
     int is_along[] = {1, 1, 1, weight == MANY, cell == MANY, column == MANY};
     int64_t at[OPERANDS];
     memcpy(at, from, sizeof at);

@@ -19,7 +19,8 @@ static int are_lines_alone(const Job *job) {
 static int are_rows(const Job *job) {
     const Nest *nest = &job->nest;
     int lines = nest->rank - 2, is_shared = !nest->stride[COLUMN][lines];
-    int varies_so = along_line(job, COLUMN, job->gamma) == MANY && (is_shared || !job->columns.sums);
+    int is_along = along_line(job, COLUMN, job->gamma) == MANY;
+    int varies_so = is_along && (is_shared || !job->columns.sums);
     return are_lines_alone(job) && job->together == 1 && !job->kept
         && nest->stride[CELL][lines] == 1 && (!job->varies || varies_so);
 }

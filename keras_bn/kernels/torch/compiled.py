@@ -102,7 +102,8 @@ def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments,
     """Return y, the moments, and the map of each cell, which the gradient needs."""
     axes, together = plan.pooling.axes, plan.pooling.together or 1
     dtype, sums = getattr(torch, plan.dtype), sums_of(x, axes)
-    if not (serves(x) or (_is_known(x) and x.is_cpu and takes_operations())) or dtype not in TYPE:
+    is_there = is_memory(x) or (x.is_cpu and takes_operations())
+    if not is_there or not _is_known(x) or dtype not in TYPE:
         return None
     columns, kept = _columns(learned, sums, axes), _kept(plan, sums)
     if columns is None or kept is None:

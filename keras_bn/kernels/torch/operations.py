@@ -218,10 +218,10 @@ def _without_gaps(*big: Tensor) -> Any:
     """Return dense copies of what the passes did not take: it has gaps along what would be lines.
 
     Raises:
-        MemoryError: It has none, so there was no memory to work in.
+        NotImplementedError: It has none; the passes give up so where they find no memory for sums.
     """
     if all(part.is_contiguous() for part in big):
-        raise MemoryError
+        raise NotImplementedError
     return [part.contiguous() for part in big]
 
 
