@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from keras_bn.core.affine import Affine, Learned, compose, standardize, uncentered
-from keras_bn.core.estimators import Correction, Corrector
+from keras import ops
+
+from keras_bn.core.affine import AS_IS, Affine, Learned, compose, standardize, uncentered
+from keras_bn.core.estimators import Correction, Corrector, Limits
 from keras_bn.core.moments import Moments, merge, or_else
 from keras_bn.core.pooling import Pooling
 from keras_bn.types import Tensor
@@ -75,6 +77,44 @@ class Whole(NamedTuple):
     correction: Corrected
 
 
+class How(NamedTuple):
+    """What a pass does, beside its tensors: a plan in numbers.
+
+    Attributes:
+        axes: Summed over.
+        dtype: Dtype of the output.
+        epsilon: Added to the variance.
+        together: How many neighbouring cells make a set.
+        is_centered: Whether moments are about the mean.
+        varies: Whether gamma varies within a set.
+        is_training: Whether so many tensors are at work that no cache holds the result.
+        is_corrected: Whether the last two inputs say towards what sets are corrected.
+    """
+
+    axes: tuple[int, ...]
+    dtype: str = "float32"
+    epsilon: float = 0.0
+    together: int = 1
+    is_centered: bool = True
+    varies: bool = False
+    is_training: bool = False
+    is_corrected: bool = False
+
+
+def how_of(learned: Learned, plan: Plan) -> How:
+    """Return what a pass does for a simple plan."""
+    axes, together = plan.pooling.axes, plan.pooling.together or 1
+    return How(
+        axes,
+        plan.dtype,
+        plan.epsilon,
+        together,
+        plan.pooling.is_centered,
+        varies(learned, axes),
+        is_corrected=plan.correct is not None,
+    )
+
+
 def normalize(kernel: Any, x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments, Seen]:
     """Return y = gamma·(r·(x - mean)/√(variance + epsilon) + d) + beta, and what it is made with.
 
@@ -102,6 +142,43 @@ def normalize(kernel: Any, x: Tensor, learned: Learned, plan: Plan) -> tuple[Ten
     if varies(learned, plan.pooling.axes):
         return kernel.apply(x, affine, plan.dtype, learned), moments, seen
     return kernel.apply(x, compose(affine, *learned), plan.dtype), moments, seen
+
+
+def in_one(kernel: Any, how: How, x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the pass in C returns, made with a kernel.
+
+    Args:
+        kernel: As for `normalize`.
+        how: What to do.
+        x: The input.
+        *others: gamma and beta, or neither; then what sets are corrected towards, and the limits.
+
+    Returns:
+        y; each cell's center, scale and shift; its offset, m2, two zeros, maybe r and d.
+    """
+    sets = (_total_of(how.together), how.together, True) if how.together > 1 else ()
+    pooling = Pooling(how.axes, None, *sets)._replace(is_centered=how.is_centered)
+    *learned, kept, limits = others if how.is_corrected else (*others, None, None)
+    correct: Any = None
+    if how.is_corrected:
+        correct = Correction(kept[0], kept[1], Limits(*limits), how.epsilon)
+    plan = Plan(pooling, how.epsilon, how.dtype, correct)
+    y, moments, seen = normalize(kernel, x, Learned(*learned) if learned else AS_IS, plan)
+    zero = ops.zeros_like(moments.m2)
+    affine = [zero if part is None else part for part in seen.affine]
+    rest = [moments.offset, moments.m2, zero, zero, *(seen.correction or ())]
+    return y, ops.stack(affine), ops.stack(rest)
+
+
+def _total_of(together: int) -> Callable[[Tensor], Tensor]:
+    """Return the sum over so many neighbours, given back to each of them."""
+
+    def total(cells: Tensor) -> Tensor:
+        sets = ops.reshape(cells, (-1, together))
+        sums = ops.broadcast_to(ops.sum(sets, 1, keepdims=True), ops.shape(sets))
+        return ops.reshape(sums, ops.shape(cells))
+
+    return total
 
 
 def varies(learned: Learned, axes: tuple[int, ...]) -> bool:

@@ -59,7 +59,7 @@ class Kernel:
         weights = None if weights is None else _spread(weights, x)
 
         def forward(x: Tensor) -> Any:
-            found = _Forward(passes).moments(x, axes, weights)
+            found = Forward(passes).moments(x, axes, weights)
             return _tensors(found), (), _constant(found)
 
         def backward(inputs: Any, found: Moments, grads: Any) -> Any:
@@ -113,7 +113,7 @@ class Kernel:
             if whole is not None:
                 y, found, seen = whole
                 return (y,), _tensors(found), seen
-            y, found, seen = normalize(_Forward(passes), x, learned.filled(given), plan)
+            y, found, seen = normalize(Forward(passes), x, learned.filled(given), plan)
             # The others are no outputs.
             count, center = _apart(seen.count), _apart(seen.affine.center)
             seen = seen._replace(count=count, affine=seen.affine._replace(center=center))
@@ -179,7 +179,7 @@ def _seen_of(seen: Seen | Whole, passes: Any, x: Tensor, plan: Plan) -> Seen:
     return Seen(count, affine, seen.correction)
 
 
-class _Forward(NamedTuple):
+class Forward(NamedTuple):
     """The kernels of some passes, without gradients."""
 
     passes: Any

@@ -118,7 +118,7 @@ def test_weights_count_and_what_lies_under_a_0_does_not(axes, sizes, xla):
 
     def taped(x, weights, count):
         with tf.GradientTape():
-            return compiled.moments(x, weights, count, axes)
+            return compiled.moments(None, x, weights, count, axes)
 
     compare_weighted(moments, sizes, axes)
 
@@ -231,7 +231,7 @@ def test_without_such_calls_xla_gets_the_plain_kernels(monkeypatch):
 def test_eight_axes_are_not_served():
     x = tf.zeros((1,) * 7 + (3,))
     with tf.GradientTape():
-        assert compiled.moments(x, None, 3, (7,)) is None
+        assert compiled.moments(None, x, None, 3, (7,)) is None
 
 
 # The gradient is asked for where no tape is recording any more.

@@ -17,8 +17,8 @@ from jax.interpreters import ad
 from keras_bn.core.affine import Learned
 from keras_bn.core.moments import Moments
 from keras_bn.kernels.compiled import RANK, are_in_turn, call_types, corrected, numbers, xla_calls
-from keras_bn.kernels.jax.operation import How, operation
-from keras_bn.kernels.normalization import Plan, varies
+from keras_bn.kernels.jax.operation import operation
+from keras_bn.kernels.normalization import How, Plan, how_of
 from keras_bn.types import Tensor
 
 Axes = tuple[int, ...]
@@ -76,15 +76,7 @@ def normalize(
         learned: gamma and beta.
         plan: What to do, in one pass.
     """
-    how = How(
-        plan.pooling.axes,
-        plan.dtype,
-        plan.epsilon,
-        plan.pooling.together or 1,
-        plan.pooling.is_centered,
-        varies(learned, plan.pooling.axes),
-        is_corrected=plan.correct is not None,
-    )
+    how = how_of(learned, plan)
     sums = _sums(how, x)
     parts, kept = _filled(learned), _kept(plan.correct, sums)
     if kept is None or not serves(x, *parts, *kept, dtype=plan.dtype):

@@ -2,39 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from keras_bn.kernels.normalization import How
 from keras_bn.types import Tensor
-
-Axes = tuple[int, ...]
-
-
-class How(NamedTuple):
-    """What a call does, beside its tensors.
-
-    Attributes:
-        axes: Summed over.
-        dtype: Dtype of the output.
-        epsilon: Added to the variance.
-        together: How many neighbouring cells make a set.
-        is_centered: Whether moments are about the mean.
-        varies: Whether gamma varies within a set.
-        is_training: Whether so many tensors are at work that no cache holds the result.
-        is_corrected: Whether the last two inputs say towards what sets are corrected.
-    """
-
-    axes: Axes
-    dtype: str = "float32"
-    epsilon: float = 0.0
-    together: int = 1
-    is_centered: bool = True
-    varies: bool = False
-    is_training: bool = False
-    is_corrected: bool = False
 
 
 def operation(

@@ -5,7 +5,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_bn.kernels.steps import Step
-from keras_bn.kernels.tensorflow.tracing import gradient_of, is_for_export, is_for_values_alone
+from keras_bn.kernels.tensorflow.tracing import is_for_export, is_for_values_alone, plainly
 from keras_bn.types import Tensor
 
 
@@ -30,7 +30,9 @@ def run(step: Step, *inputs: Tensor) -> tuple[Tensor, ...]:
         def gradient(*grads: Tensor) -> Any:
             # What was looked up by index afterwards has a sparse gradient.
             dense = tuple(tf.convert_to_tensor(part) for part in grads)
-            with gradient_of(is_exported):
+            # A SavedModel holds the gradients of its functions, too, and traces them when it is
+            # written: as plain as what they are of.
+            with plainly(is_exported):
                 return _gradient(step, constants, inputs, dense)
 
         return outputs, gradient

@@ -12,14 +12,14 @@ import tensorflow as tf
 from keras_bn.core.affine import Affine, Learned
 from keras_bn.core.moments import Moments
 from keras_bn.kernels.compiled import RANK, TYPES, are_in_turn, cores, corrected, library, place
-from keras_bn.kernels.normalization import Plan, Whole, varies
-from keras_bn.kernels.tensorflow import calls
+from keras_bn.kernels.normalization import How, Plan, Whole, how_of, varies
+from keras_bn.kernels.tensorflow import calls, replaced
 from keras_bn.kernels.tensorflow.tracing import (
     is_for_each_of_many,
     is_for_export,
     is_for_gradients,
     is_for_xla,
-    is_gradient_of_export,
+    is_plain,
 )
 from keras_bn.types import Tensor
 
@@ -44,11 +44,20 @@ def has_passes() -> bool:
 
 def _serves(x: Tensor, *dtypes: str) -> bool:
     """Say whether the passes take a tensor, beside further dtypes."""
-    if is_gradient_of_export() or is_for_each_of_many():
+    if is_plain() or is_for_each_of_many():
         return False
     if x.shape.rank is None or x.shape.rank > RANK:
         return False
     return {x.dtype.name, *dtypes} <= set(TYPES) and has_passes()
+
+
+def _either(
+    plain: Callable[..., Any], passes: Callable[..., Any], how: How, *inputs: Tensor
+) -> Any:
+    """Return what a pass gives; where the graph may be exported, through a plain function."""
+    if is_for_export():
+        return replaced.call(plain, passes, how, *inputs)
+    return passes(how, *inputs)
 
 
 def _call(
@@ -76,11 +85,16 @@ def _call(
 
 
 def normalize(
-    x: Tensor, learned: Learned, plan: Plan, number: Callable[[Tensor, Axes], Tensor]
+    plain: Callable[..., Any],
+    x: Tensor,
+    learned: Learned,
+    plan: Plan,
+    number: Callable[[Tensor, Axes], Tensor],
 ) -> tuple[Tensor, Moments, Whole] | None:
     """Return y, the moments, and the map of each cell, which the gradient needs.
 
     Args:
+        plain: The same as the pass in plain operations.
         x: The input.
         learned: gamma and beta.
         plan: What to do.
@@ -89,26 +103,31 @@ def normalize(
     Returns:
         All three, or None.
     """
-    if is_for_export() or not _serves(x, plan.dtype):
+    if not _serves(x, plan.dtype):
         return None
     sums = _sums(x, plan.pooling.axes)
     parts, kept = _filled(learned, sums, plan), _kept(plan, sums)
     if parts is None or kept is None:
         return None
-    rows = 6 if kept else 4
-    results = [(plan.dtype, x.shape), ("float32", [3, *sums]), ("float32", [rows, *sums])]
-    options = _options(learned, plan) | {"epsilon": plan.epsilon, "is_corrected": bool(kept)}
-    y, affine, rest = _call("normalize", [x], [*parts, *kept], results, **options)
-    count = number(x, plan.pooling.axes) * (plan.pooling.together or 1)
+    how, given = how_of(learned, plan), [x, *parts, *kept]
+    y, affine, rest = _either(plain, _normalized, how, *given)
+    count = number(x, how.axes) * how.together
     correction = (rest[4], rest[5]) if kept else None
     return y, Moments(count, affine[0], rest[0], rest[1]), Whole(affine, correction)
+
+
+def _normalized(how: How, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    sums, rows = _sums(x, how.axes), 6 if how.is_corrected else 4
+    results = [(how.dtype, x.shape), ("float32", [3, *sums]), ("float32", [rows, *sums])]
+    options = {"epsilon": how.epsilon, "is_corrected": how.is_corrected}
+    return tuple(_call("normalize", [x], [*others], results, **_options(how), **options))
 
 
 def gradients(
     x: Tensor, dy: Tensor, learned: Learned, whole: Whole, plan: Plan
 ) -> tuple[Tensor, ...] | None:
     """Return the gradients of x and of what is learned, from the maps that `normalize` gave."""
-    if is_for_each_of_many():
+    if is_plain() or is_for_each_of_many():
         return None
     parts = _filled(learned, whole.affine.shape[1:], plan)
     if parts is None:  # of sets whose number is not known
@@ -119,24 +138,26 @@ def gradients(
         [x, tf.cast(dy, plan.dtype)],
         [whole.affine, *parts[:1]],
         [(x.dtype.name, x.shape), ("float32", [2, *columns])],
-        **_options(learned, plan),
+        **_options(how_of(learned, plan)),
     )
     pairs = zip((found[1], found[0]), learned, strict=True)
     return dx, *(gradient for gradient, part in pairs if part is not None)
 
 
-def _options(learned: Learned, plan: Plan) -> dict[str, Any]:
+def _options(how: How) -> dict[str, Any]:
     return {
-        "axes": plan.pooling.axes,
-        "together": plan.pooling.together or 1,
-        "is_centered": plan.pooling.is_centered,
-        "varies": varies(learned, plan.pooling.axes),
+        "axes": how.axes,
+        "together": how.together,
+        "is_centered": how.is_centered,
+        "varies": how.varies,
     }
 
 
-def moments(x: Tensor, weights: Tensor | None, count: Any, axes: Axes) -> list[Tensor] | None:
-    """Return pivot, offset and m2 over the axes."""
-    if is_for_export() or not _serves(x):
+def moments(
+    plain: Callable[..., Any], x: Tensor, weights: Tensor | None, count: Any, axes: Axes
+) -> list[Tensor] | None:
+    """Return pivot, offset and m2 over the axes; `plain` gives the same in plain operations."""
+    if not _serves(x):
         return None
     counted = []
     if weights is not None:
@@ -144,8 +165,12 @@ def moments(x: Tensor, weights: Tensor | None, count: Any, axes: Axes) -> list[T
         counted = [weights, tf.broadcast_to(tf.cast(count, tf.float32), shape)]
     if any(part.dtype != tf.float32 for part in counted):
         return None
-    results = [("float32", [3, *_sums(x, axes)])]
-    return list(tf.unstack(*_call("moments", [x], counted, results, axes=axes)))
+    return list(tf.unstack(_either(plain, _moments, How(axes), x, *counted)))
+
+
+def _moments(how: How, x: Tensor, *counted: Tensor) -> Tensor:
+    results = [("float32", [3, *_sums(x, how.axes)])]
+    return _call("moments", [x], [*counted], results, axes=how.axes)[0]
 
 
 def products(x: Tensor, dy: Tensor, center: Tensor, axes: Axes) -> list[Tensor] | None:
@@ -158,14 +183,18 @@ def products(x: Tensor, dy: Tensor, center: Tensor, axes: Axes) -> list[Tensor] 
     return list(tf.unstack(*_call("products", [x, dy], [center], results, axes=axes)))
 
 
-def mapped(x: Tensor, affine: Affine, dtype: str) -> Tensor | None:
-    """Return (x - center)·scale + shift."""
+def mapped(plain: Callable[..., Any], x: Tensor, affine: Affine, dtype: str) -> Tensor | None:
+    """Return (x - center)·scale + shift; `plain` gives the same in plain operations."""
     parts = _alike(x, *affine)
     # XLA joins a map with what is around it.
     is_joined = is_for_xla() and not is_for_gradients()
-    if parts is None or is_joined or is_for_export() or not _serves(x, dtype):
+    if parts is None or is_joined or not _serves(x, dtype):
         return None
-    return _call("map", [x], parts, [(dtype, x.shape)])[0]
+    return _either(plain, _mapped, How((), dtype), x, *parts)
+
+
+def _mapped(how: How, x: Tensor, *affine: Tensor) -> Tensor:
+    return _call("map", [x], [*affine], [(how.dtype, x.shape)])[0]
 
 
 def combined(

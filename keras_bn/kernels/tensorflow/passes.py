@@ -1,6 +1,7 @@
 """Passes over a big tensor in TensorFlow, without gradients."""
 
 import math
+import sys
 from typing import Any
 
 import tensorflow as tf
@@ -8,7 +9,8 @@ import tensorflow as tf
 from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.dtypes import statistics_dtype
 from keras_bn.kernels import generic
-from keras_bn.kernels.normalization import Plan, Whole
+from keras_bn.kernels.normalization import How, Plan, Whole, in_one
+from keras_bn.kernels.steps import Forward
 from keras_bn.kernels.tensorflow import compiled
 from keras_bn.kernels.tensorflow.sums import (
     made_and_summed,
@@ -33,12 +35,27 @@ def number(x: Tensor, axes: Axes) -> Tensor:
 
 def moments(x: Tensor, weights: Tensor | None, count: Any, axes: Axes) -> Any:
     """Return pivot, offset and m2, in one pass; None where that cannot be had."""
-    return compiled.moments(x, weights, count, axes)
+    return compiled.moments(_moments, x, weights, count, axes)
+
+
+def _moments(how: How, x: Tensor, *counted: Tensor) -> Tensor:
+    """Return the same of operations of TensorFlow alone."""
+    found = _own().moments(x, how.axes, counted[0] if counted else None)
+    return tf.stack(found[1:])
 
 
 def normalize(x: Tensor, learned: Learned, plan: Plan) -> Any:
     """Return y, the moments, and what `gradients` needs; None where that cannot be had at once."""
-    return compiled.normalize(x, learned, plan, number)
+    return compiled.normalize(_in_one, x, learned, plan, number)
+
+
+def _in_one(how: How, x: Tensor, *others: Tensor) -> Any:
+    """Return the same, as the pass in C does, of operations of TensorFlow alone."""
+    return in_one(_own(), how, x, *others)
+
+
+def _own() -> Forward:
+    return Forward(sys.modules[__name__])
 
 
 def gradients(x: Tensor, dy: Tensor, learned: Learned, whole: Whole, plan: Plan) -> Any:
@@ -99,19 +116,29 @@ def mapped_products(
 
 def mapped(x: Tensor, affine: Affine, dtype: str, learned: Learned = AS_IS) -> Tensor:
     """Return ((x - center)·scale + shift)·gamma + beta."""
-    y = compiled.mapped(x, affine, dtype) if learned.is_nothing else None
-    if y is not None:
-        return y
-    if learned.is_nothing and _is_by_channel(x, affine, dtype):
-        return _by_channel(x, affine)
-    y = tf.cast(x, affine.scale.dtype)
-    y = _plus((y if affine.center is None else y - affine.center) * affine.scale, affine.shift)
+    if learned.is_nothing:
+        y = compiled.mapped(_mapped, x, affine, dtype)
+        return _mapped(How((), dtype), x, *affine) if y is None else y
+    y = _wide_map(x, affine)
     gamma, beta = learned
     if gamma is not None and beta is not None:
         rest = Affine(tf.zeros_like(gamma), gamma, beta)
         if _is_by_channel(y, rest, y.dtype.name):
             return tf.cast(_by_channel(y, rest), dtype)
     return tf.cast(_plus(_times(y, gamma), beta), dtype)
+
+
+def _mapped(how: How, x: Tensor, *parts: Tensor | None) -> Tensor:
+    """Return (x - center)·scale + shift of operations of TensorFlow alone."""
+    affine = Affine(*parts)
+    if _is_by_channel(x, affine, how.dtype):
+        return _by_channel(x, affine)
+    return tf.cast(_wide_map(x, affine), how.dtype)
+
+
+def _wide_map(x: Tensor, affine: Affine) -> Tensor:
+    y = tf.cast(x, affine.scale.dtype)
+    return _plus((y if affine.center is None else y - affine.center) * affine.scale, affine.shift)
 
 
 def _is_by_channel(x: Tensor, affine: Affine, dtype: str) -> bool:

@@ -25,23 +25,22 @@ def is_for_export() -> bool:
     return not (tf.executing_eagerly() or is_for_gradients() or is_for_xla())
 
 
-# A SavedModel holds the gradients of its functions, too, and traces them when it is written.
-_is_gradient_of_export = ContextVar("is_gradient_of_export", default=False)
+_is_plain = ContextVar("_is_plain", default=False)
 
 
 @contextmanager
-def gradient_of(is_exported: bool) -> Iterator[None]:
-    """Trace the gradient of what was, or was not, for export when it was traced."""
-    token = _is_gradient_of_export.set(is_exported)
+def plainly(is_wanted: bool = True) -> Iterator[None]:
+    """Trace operations of TensorFlow alone, if that is wanted."""
+    token = _is_plain.set(is_wanted)
     try:
         yield
     finally:
-        _is_gradient_of_export.reset(token)
+        _is_plain.reset(token)
 
 
-def is_gradient_of_export() -> bool:
-    """Say whether the gradient is traced of what may be exported."""
-    return _is_gradient_of_export.get()
+def is_plain() -> bool:
+    """Say whether there shall be operations of TensorFlow alone."""
+    return _is_plain.get()
 
 
 def is_for_each_of_many() -> bool:
