@@ -161,7 +161,7 @@ def in_one(kernel: Any, how: How, x: Tensor, *others: Tensor) -> tuple[Tensor, T
     *learned, kept, limits = others if how.is_corrected else (*others, None, None)
     correct: Any = None
     if how.is_corrected:
-        correct = Correction(kept[0], kept[1], Limits(*limits), how.epsilon)
+        correct = Correction(kept[0], kept[1], Limits(*ops.unstack(limits)), how.epsilon)
     plan = Plan(pooling, how.epsilon, how.dtype, correct)
     y, moments, seen = normalize(kernel, x, Learned(*learned) if learned else AS_IS, plan)
     zero = ops.zeros_like(moments.m2)

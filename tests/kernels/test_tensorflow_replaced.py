@@ -72,13 +72,14 @@ def marked(monkeypatch):
 
 
 @every_layer
-def test_inference_is_right_as_it_runs_and_as_it_is_saved(kind, options, use):
+def test_a_layer_is_right_as_it_runs_and_as_it_is_saved(kind, options, use):
     layer = kind(**options)
     layer.build((None, 5, 16))
-    graph = tf.function(layer.__call__, input_signature=[ANY_SIZE]).get_concrete_function()
+    graph = tf.function(lambda x: layer(x, **use), input_signature=[ANY_SIZE])
+    graph = graph.get_concrete_function()
     for size in (6, 9):
         x = drawn(size)
-        wanted = layer(x)
+        wanted = layer(x, **use)
         assert np.allclose(graph(tf.constant(x)), wanted, atol=2e-5)
         with as_saved():
             assert np.allclose(graph(tf.constant(x)), wanted, atol=2e-5)
