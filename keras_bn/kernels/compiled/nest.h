@@ -12,7 +12,7 @@
 
 #define INLINED static inline __attribute__((always_inline))
 
-enum { LINE = 1024 };
+enum { LINE = 2048 };
 
 typedef struct {
     int rank;

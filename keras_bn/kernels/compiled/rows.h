@@ -49,11 +49,16 @@ INLINED void go_by_rows(Job *job, int64_t first, int64_t last, int part, Pass su
     int64_t length = nest->size[loop + 1], at[OPERANDS], apart[OPERANDS];
     for (int o = 0; o < OPERANDS; o++) apart[o] = nest->stride[o][loop];
     int is_block = length <= SHORT || sum == MAPPED_PRODUCTS;
+    /* What is widened goes in pieces that there is room for; else a line stays in one. */
+    int is_wide = job->types[X] == FLOAT && (!job->big[DY] || job->types[DY] == FLOAT);
     for (Walk walk = walk_of(nest, first, last); walk.left > 0; next_turn(&walk)) {
         memcpy(at, walk.at, sizeof at);
         for (int64_t line = 0; line < walk.lines;) {
             int rows = is_block && walk.lines - line >= ROWS ? ROWS : 1;
-            if (rows == ROWS) go_through(job, at, apart, ROWS, length, SHORT, part, sum, column);
+            if (rows == ROWS && is_wide)
+                go_through(job, at, apart, ROWS, length, LINE, part, sum, column);
+            else if (rows == ROWS)
+                go_through(job, at, apart, ROWS, length, SHORT, part, sum, column);
             else go_through(job, at, apart, 1, length, LINE, part, sum, column);
             for (int o = 0; o < OPERANDS; o++) at[o] += rows * apart[o];
             line += rows;
