@@ -32,6 +32,7 @@ DATA = [(f"κ = {kappa:g}", (16, 32, 32, 8), kappa) for kappa in (0, 100, 1000, 
 DATA += [(f"κ = {kappa:g}, 524288 rows", (524288, 8), kappa) for kappa in (0, 1000)]
 HEAD = ("mode", "data", "variance: ours", "variance: Keras", "bound")
 HEAD += ("BN y: ours", "BN y: Keras", "bound", "GN y: ours", "GN y: Keras")
+HEAD += ("LN y: ours", "LN y: Keras")
 
 
 def main() -> None:
@@ -64,19 +65,21 @@ def rows() -> Iterator[tuple[str, ...]]:
 
 
 def measure(run: Callable, x: np.ndarray) -> list[float]:
-    """Return the errors of both variances, both BN outputs and both GN outputs, ours first."""
+    """Return the errors of both variances, and of both outputs of BN, GN and LN, ours first."""
     pooled = tuple(range(x.ndim - 1))
     variance = np.ravel(reference.moments(x, pooled).variance)
     y = reference.normalize(x, pooled, epsilon=EPSILON)
-    batch, group = [], []
+    batch, group, last = [], [], []
     for library in (keras_bn, keras.layers):
         layer = library.BatchNormalization(momentum=0.0, epsilon=EPSILON)
         batch.append(run(layer, x, training=True))
         group.append(run(library.GroupNormalization(groups=2, epsilon=EPSILON), x))
-    variances = [np.max(np.abs(found[1] / variance - 1)) for found in batch]
-    outputs = [np.max(np.abs(found[0] - y) / (1 + np.abs(y))) for found in batch]
-    y = grouped(x)
-    return variances + outputs + [np.max(np.abs(z - y) / (1 + np.abs(y))) for z, _ in group]
+        last.append(run(library.LayerNormalization(epsilon=EPSILON), x))
+    errors = [np.max(np.abs(found[1] / variance - 1)) for found in batch]
+    along = reference.normalize(x, (x.ndim - 1,), epsilon=EPSILON)
+    for outputs, wanted in ((batch, y), (group, grouped(x)), (last, along)):
+        errors += [np.max(np.abs(z - wanted) / (1 + np.abs(wanted))) for z, _ in outputs]
+    return errors
 
 
 def grouped(x: np.ndarray) -> np.ndarray:

@@ -15,7 +15,9 @@ Corrector = Callable[[Moments], tuple[Tensor, Tensor]]
 
 
 def moving_average(old: Tensor, new: Tensor, momentum: float) -> Tensor:
-    """Return old·momentum + new·(1 - momentum)."""
+    """Return old·momentum + new·(1 - momentum); at momentum 0 that is the new value alone."""
+    if is_static(momentum) and momentum == 0:
+        return new
     return old * momentum + new * (1.0 - momentum)
 
 
