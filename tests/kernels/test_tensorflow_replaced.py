@@ -141,6 +141,16 @@ def test_a_gradient_may_be_asked_for_outside(kind):
         assert np.allclose(own, wanted, atol=1e-4)
 
 
+def test_saved_gradients_hold_no_operations_of_ours(tmp_path):
+    module = tf.Module()
+    module.layer = layer = keras_bn.LayerNormalization()
+    layer.build((None, 5, 16))
+    module.function = tf.function(layer.__call__, input_signature=[ANY_SIZE])
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=True)
+    tf.saved_model.save(module, tmp_path / "model", options=options)
+    assert b"KerasBn" not in (tmp_path / "model" / "saved_model.pb").read_bytes()
+
+
 def test_a_graph_that_was_traced_before_compiles_under_xla():
     layer = keras_bn.GroupNormalization(4)
     layer.build((None, 5, 16))

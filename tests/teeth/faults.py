@@ -18,8 +18,8 @@ class Fault(NamedTuple):
     @property
     def kernels(self) -> str:
         """Which of the kernels must be at work: what is compiled would hide what is not."""
-        are_passes = "compiled" in self.file or "tracing" in self.file
-        return "" if are_passes else "uncompiled"
+        of_passes = ("compiled", "tracing", "replaced")
+        return "" if any(part in self.file for part in of_passes) else "uncompiled"
 
 
 # Tests that are quick. When the fuzz draws other cases, a run without the number finds another one.
@@ -330,6 +330,23 @@ if IS_JAX:
             "found = [dx, columns[0], columns[1]][:half]",
             "tests/kernels/test_jax_compiled.py -k what_is_learned",
         )
+    }
+
+if BACKEND == "tensorflow":
+    REPLACED = "tests/kernels/test_tensorflow_replaced.py"
+    FAULTS |= {
+        "functions that nothing replaces": Fault(
+            "kernels/tensorflow/replaced.py",
+            'api_preferred_device="CPU"',
+            'api_preferred_device="GPU"',
+            f"{REPLACED} -k than_is_saved",
+        ),
+        "gradients of what is saved that are not plain": Fault(
+            "kernels/tensorflow/compiled.py",
+            "    if is_plain() or is_for_each_of_many():\n        return None\n    parts",
+            "    if is_for_each_of_many():\n        return None\n    parts",
+            f"{REPLACED} -k saved_gradients",
+        ),
     }
 
 # The replicas.
