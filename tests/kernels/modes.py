@@ -22,6 +22,9 @@ MODES = {
     "torch": ("eager", "compile", "compile-unknown"),
 }.get(BACKEND, ("eager",))
 
+# And what is saved of a graph, with nothing in its place; the graph of a gradient is not replaced.
+FORWARD = (*MODES, *(("saved", "saved-unknown") if BACKEND == "tensorflow" else ()))
+
 # One that runs the kernels as they stand, and one that rewrites them.
 EXTREMES = {
     "tensorflow": ("eager", "xla"),
@@ -109,18 +112,31 @@ def _compiled(mode: str, function: Callable, kept: tuple[int, ...] | None) -> Ca
         return jax.jit(function)
     if kind == "compile":
         return functools.partial(_run_compiled, function, dynamic=kept is not None)
-    return functools.partial(_run_graph, function, kind == "xla", kept)
+    return functools.partial(_run_graph, function, kind, kept)
 
 
-def _run_graph(function: Callable, xla: bool, kept: tuple[int, ...] | None, *tensors: Any) -> Any:
+@contextlib.contextmanager
+def as_saved() -> Iterator[None]:
+    """Run graphs of TensorFlow as they are saved: a part of its optimizer replaces functions."""
+    import tensorflow as tf
+
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+    try:
+        yield
+    finally:
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
+
+
+def _run_graph(function: Callable, kind: str, kept: tuple[int, ...] | None, *tensors: Any) -> Any:
     import tensorflow as tf
 
     specs = [None if t is None else tf.TensorSpec(t.shape, t.dtype) for t in tensors]
     if kept is not None:
         sizes = [n if axis in kept else None for axis, n in enumerate(tensors[0].shape)]
         specs[0] = tf.TensorSpec(sizes, tensors[0].dtype)
-    graph = tf.function(function, jit_compile=xla).get_concrete_function(*specs)
-    return graph(*[t for t in tensors if t is not None])
+    graph = tf.function(function, jit_compile=kind == "xla").get_concrete_function(*specs)
+    with as_saved() if kind == "saved" else contextlib.nullcontext():
+        return graph(*[t for t in tensors if t is not None])
 
 
 def _run_compiled(function: Callable, *tensors: Any, dynamic: bool) -> Any:

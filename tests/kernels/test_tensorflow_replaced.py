@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 
 from keras_bn.kernels.compiled import place
+from tests import oracle
+from tests.cases import assert_close
+from tests.kernels import hard
 from tests.kernels.compiled_cases import every_layer
+from tests.kernels.modes import as_saved
 
 if keras.backend.backend() != "tensorflow":
     pytest.skip("functions of TensorFlow", allow_module_level=True)
@@ -19,6 +23,10 @@ if place("tensorflow_ops") is None:
 import tensorflow as tf
 
 import keras_bn
+from keras_bn import kernels
+from keras_bn.core.affine import AS_IS
+from keras_bn.core.pooling import Pooling
+from keras_bn.kernels import reference
 from keras_bn.kernels.normalization import How
 from keras_bn.kernels.tensorflow import compiled, replaced
 
@@ -27,16 +35,6 @@ ANY_SIZE = tf.TensorSpec((None, 5, 16))
 
 def drawn(size=6):
     return np.random.default_rng(size).normal(3, 2, (size, 5, 16)).astype("float32")
-
-
-@contextlib.contextmanager
-def as_saved():
-    """Run graphs as they are: what replaces a function is a part of the optimizer."""
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-    try:
-        yield
-    finally:
-        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
 
 
 @tf.function(input_signature=[ANY_SIZE])
@@ -71,38 +69,43 @@ def marked(monkeypatch):
         monkeypatch.setattr(compiled, name, more)
 
 
+def compare(layer, x, mask=None, **use):
+    """Compare the output in a graph, as it runs and as it is saved, with the reference."""
+    graph = tf.function(lambda x: layer(x, mask=mask, **use), input_signature=[ANY_SIZE])
+    for context in (contextlib.nullcontext, as_saved):
+        weights = oracle.weights_by_name(layer)
+        weighed = None if mask is None else mask[..., None]
+        is_training = use.get("training", False)
+        wanted = oracle.expected(layer, weights, x, x, training=is_training, mask=weighed)
+        with context():
+            found = graph(tf.constant(x))
+        assert_close(found, wanted.y)
+
+
 @every_layer
 def test_a_layer_is_right_as_it_runs_and_as_it_is_saved(kind, options, use):
     layer = kind(**options)
     layer.build((None, 5, 16))
-    graph = tf.function(lambda x: layer(x, **use), input_signature=[ANY_SIZE])
-    graph = graph.get_concrete_function()
     for size in (6, 9):
-        x = drawn(size)
-        wanted = layer(x, **use)
-        assert np.allclose(graph(tf.constant(x)), wanted, atol=2e-5)
-        with as_saved():
-            assert np.allclose(graph(tf.constant(x)), wanted, atol=2e-5)
+        compare(layer, drawn(size), **use)
 
 
 @pytest.mark.parametrize("kind", [keras_bn.GroupNormalization, keras_bn.InstanceNormalization])
 def test_masked_inference_is_right_as_it_runs_and_as_it_is_saved(kind):
     layer = kind(4) if kind is keras_bn.GroupNormalization else kind()
     layer.build((None, 5, 16))
-    mask, x = np.array([[True] * 3 + [False] * 2] * 6), drawn()
-    graph = tf.function(lambda x: layer(x, mask=mask), input_signature=[ANY_SIZE])
-    wanted = layer(x[:, :3])
-    assert np.allclose(graph(tf.constant(x))[:, :3], wanted, atol=2e-5)
-    with as_saved():
-        assert np.allclose(graph(tf.constant(x))[:, :3], wanted, atol=2e-5)
+    compare(layer, drawn(), np.array([[True] * 3 + [False] * 2] * 6))
 
 
 def used_in(way, layer):
     """Return a function that uses a layer within a part of a graph."""
+
+    def loop(x):
+        _, y = tf.while_loop(lambda i, _: i < 1, lambda i, x: (i + 1, layer(x)), (0, x))
+        return y
+
     return {
-        "loop": lambda x: tf.while_loop(lambda i, _: i < 1, lambda i, x: (i + 1, layer(x)), (0, x))[
-            1
-        ],
+        "loop": loop,
         "branch": lambda x: tf.cond(tf.reduce_max(x) > 0, lambda: layer(x), lambda: x),
         "function": lambda x: tf.function(layer.__call__)(x) * 1.0,
     }[way]
@@ -168,15 +171,10 @@ def test_layers_alike_share_a_function():
 
 
 def test_a_graph_of_a_session_is_plain():
-    layer = keras_bn.GroupNormalization(4)
-    layer.build((None, 5, 16))
-    x = drawn()
     with tf.Graph().as_default() as graph:
         given = tf.compat.v1.placeholder("float32", (None, 5, 16))
-        y = keras_bn.kernels.normalize(
-            given, keras_bn.core.pooling.Pooling((1,)), keras_bn.core.affine.AS_IS, 1e-3, "float32"
-        )[0]
+        y, _ = kernels.normalize(given, Pooling((1,)), AS_IS, hard.EPSILON, "float32")
         with tf.compat.v1.Session(graph=graph) as session:
-            found = session.run(y, {given: x})
-    wanted = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-3)
-    assert np.allclose(found, wanted, atol=1e-5)
+            found = session.run(y, {given: drawn()})
+    assert b"KerasBn" not in graph.as_graph_def().SerializeToString()
+    assert_close(found, reference.normalize(drawn(), (1,), epsilon=hard.EPSILON))
