@@ -92,7 +92,7 @@ def grouped(x: np.ndarray) -> np.ndarray:
 def modes() -> dict[str, Callable]:
     """Return, for the active backend, a function for each mode that runs a layer on an array."""
     return {
-        "tensorflow": {"eager": eager, "graph": tf_graph, "XLA": tf_xla},
+        "tensorflow": {"eager": eager, "graph": tf_graph, "saved": tf_saved, "XLA": tf_xla},
         "jax": {"eager": eager, "jit": jax_jit},
         "torch": {"eager": eager, "compile": torch_compile},
     }[keras.backend.backend()]
@@ -116,6 +116,16 @@ def tf_graph(layer: Any, x: np.ndarray, *, xla: bool = False, **options: Any) ->
 def tf_xla(layer: Any, x: np.ndarray, **options: Any) -> Any:
     """Run the layer in a `tf.function` compiled by XLA."""
     return tf_graph(layer, x, xla=True, **options)
+
+
+def tf_saved(layer: Any, x: np.ndarray, **options: Any) -> Any:
+    """Run what is saved of the graph: nothing is put in the place of its functions."""
+    import tensorflow as tf
+
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+    found = tf_graph(layer, x, **options)
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
+    return found
 
 
 def jax_jit(layer: Any, x: np.ndarray, **options: Any) -> Any:
