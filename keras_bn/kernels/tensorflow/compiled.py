@@ -3,6 +3,7 @@
 They are operations of a graph, and custom calls where XLA compiles it.
 """
 
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -34,7 +35,10 @@ def _operations() -> Any:
     path = place("tensorflow_ops") if library() is not None else None
     # There a graph would carry each tensor to the CPU and back.
     is_on_cpu = not tf.config.list_logical_devices("GPU")
-    return tf.load_op_library(path) if path is not None and is_on_cpu else None
+    if path is None or not is_on_cpu:
+        return None
+    # Once a file is loaded, TensorFlow gives its operations again by the same name alone.
+    return tf.load_op_library(os.path.realpath(path))
 
 
 def has_passes() -> bool:
