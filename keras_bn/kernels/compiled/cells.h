@@ -17,6 +17,28 @@ static void join_parts(Job *job, const Sums *sums, int64_t from, int64_t to) {
 /* Say whether a count in float32 is what was counted, as that of a mask is. */
 INLINED int is_exact(float count) { return count < 1 << 24 && count == (float)(int32_t)count; }
 
+/* Moments; whether the pivot of the sums was so far off that digits are lost. */
+typedef struct {
+    float center, offset, m2;
+    int is_far;
+} Found;
+
+/* 12 of 53 bits may go; but what is lost of a count in float32 is lost here, too. */
+enum { LOST = 1 << 12, INEXACT = 8 };
+
+/* Return the moments of a cell from its sums about a pivot. */
+INLINED Found found_of(double first, double second, double share, double pivot, double most,
+                       int is_centered) {
+    double distance = is_centered ? first * share : 0, lost = first * distance;
+    double rest = second - lost, mean = pivot + distance;
+    float m2 = rest < 0 ? 0 : (float)rest; /* a NaN stays one */
+    return (Found){(float)mean, (float)(mean - (float)mean), m2, lost > most * rest};
+}
+
+INLINED float scale_of(float m2, double share, double epsilon) {
+    return (float)(1 / sqrt(m2 * share + epsilon));
+}
+
 INLINED void moments_of(Job *job, int64_t from, int64_t to, int is_counted, int is_centered) {
     const double *restrict first = job->cells.sums - job->cells.first;
     const double *restrict second = first + job->cells.number;
@@ -26,13 +48,10 @@ INLINED void moments_of(Job *job, int64_t from, int64_t to, int is_counted, int 
     int64_t far = 0;
     for (int64_t i = from; i < to; i++) {
         double share = !is_counted ? same : 1 / (double)(counts[i] > 0 ? counts[i] : 1);
-        double distance = is_centered ? first[i] * share : 0, lost = first[i] * distance;
-        double rest = second[i] - lost, mean = center[i] + distance;
-        /* 12 of 53 bits may go; but what is lost of a count in float32 is lost here, too. */
-        far += lost > (is_counted && !is_exact(counts[i]) ? 8 : 4096) * rest;
-        center[i] = (float)mean;
-        offset[i] = (float)(mean - (float)mean);
-        m2[i] = rest < 0 ? 0 : (float)rest; /* a NaN stays one */
+        double most = is_counted && !is_exact(counts[i]) ? INEXACT : LOST;
+        Found found = found_of(first[i], second[i], share, center[i], most, is_centered);
+        center[i] = found.center, offset[i] = found.offset, m2[i] = found.m2;
+        far += found.is_far;
     }
     if (far) job->is_far = 1;
 }
@@ -96,7 +115,7 @@ FOR_EACH_CPU static void finish_map(Job *job, int64_t from, int64_t to, int part
     float *restrict scale = job->scale, *restrict shift = job->shift;
     double share = 1 / (job->count * job->together), epsilon = job->epsilon;
     for (int64_t i = from; i < to; i++) {
-        scale[i] = (float)(1 / sqrt(m2[i] * share + epsilon));
+        scale[i] = scale_of(m2[i], share, epsilon);
         shift[i] = -offset[i] * scale[i];
     }
     memcpy(job->slope + from, scale + from, (size_t)(to - from) * sizeof(float));

@@ -90,19 +90,36 @@ INLINED void sum_piece(Job *job, const Piece *piece, int part, Pass pass, int ce
                               sums, sums + job->columns.number);
 }
 
-INLINED void map_piece(Job *job, const Piece *piece, Pass pass, int cell, int column, int weight) {
-    float x_room[LINE], dy_room[LINE], y_room[LINE];
-    char out_room[LINE * sizeof(float)];
+/* Rooms for a line of results on its way to memory. */
+typedef struct {
+    float wide[LINE];
+    char out[LINE * sizeof(float)];
+} Rooms;
+
+/* Return where to make a line of results in float32. */
+INLINED float *line_for(const Job *job, char *target, Rooms *rooms) {
+    if (job->types[Y] != FLOAT) return rooms->wide;
+    return (float *)(job->is_past_caches ? rooms->out : target);
+}
+
+/* Bring a line of results, which was made there, to memory. */
+INLINED void put(const Job *job, char *target, int64_t n, const float *y, Rooms *rooms) {
     int type = job->types[Y];
+    narrow(job->is_past_caches ? rooms->out : target, type, n, y);
+    if (job->is_past_caches) copy_past_caches(target, rooms->out, n * WIDTH[type]);
+}
+
+INLINED void map_piece(Job *job, const Piece *piece, Pass pass, int cell, int column, int weight) {
+    float x_room[LINE], dy_room[LINE];
+    Rooms rooms;
     int64_t n = piece->n, step = 0, dy_step = 0;
     const float *x = lines_of(job, X, piece, x_room, &step);
     const float *dy = pass == MAP ? 0 : lines_of(job, DY, piece, dy_room, &dy_step);
     for (int i = 0; i < piece->rows; i++) {
         int64_t at = piece->at[CELL] + i * piece->apart[CELL];
         int64_t own = piece->at[COLUMN] + i * piece->apart[COLUMN];
-        char *target = job->big[Y] + (piece->at[Y] + i * piece->apart[Y]) * WIDTH[type];
-        char *out = job->is_past_caches ? out_room : target;
-        float *y = type == FLOAT ? (float *)out : y_room;
+        char *target = job->big[Y] + (piece->at[Y] + i * piece->apart[Y]) * WIDTH[job->types[Y]];
+        float *y = line_for(job, target, &rooms);
         const float *gamma = column ? job->gamma + own : 0;
         if (pass == MAP)
             map_line(y, x + i * step, n, cell, column, job->center + at, job->slope + at,
@@ -112,8 +129,7 @@ INLINED void map_piece(Job *job, const Piece *piece, Pass pass, int cell, int co
                           weight ? job->weights + piece->at[WEIGHT] + i * piece->apart[WEIGHT] : 0,
                           job->center + at, job->factor + at, job->slope + at, job->level + at,
                           gamma);
-        narrow(out, type, n, y);
-        if (job->is_past_caches) copy_past_caches(target, out, n * WIDTH[type]);
+        put(job, target, n, y, &rooms);
     }
 }
 
@@ -144,23 +160,45 @@ INLINED void pieces_of(Job *job, const int64_t *from, const int64_t *apart, int 
     }
 }
 
+/* Lines that follow each other, one or ROWS of them. */
+typedef struct {
+    Walk walk;
+    int64_t line, at[OPERANDS], apart[OPERANDS];
+    int rows;
+} Block;
+
+/* Return what stands before the first block of a walk. */
+INLINED Block before(Walk walk) {
+    Block block = {.walk = walk};
+    memcpy(block.at, walk.at, sizeof block.at);
+    for (int o = 0; o < OPERANDS; o++) block.apart[o] = walk.nest->stride[o][walk.nest->rank - 2];
+    return block;
+}
+
+/* Go to the next block, of ROWS lines where that is wanted and so many are left; 0 at the end. */
+INLINED int next_block(Block *block, int is_wanted) {
+    Walk *walk = &block->walk;
+    for (int o = 0; o < OPERANDS; o++) block->at[o] += block->rows * block->apart[o];
+    block->line += block->rows;
+    if (block->line == walk->lines) {
+        next_turn(walk);
+        memcpy(block->at, walk->at, sizeof block->at);
+        block->line = 0;
+    }
+    block->rows = is_wanted && walk->lines - block->line >= ROWS ? ROWS : 1;
+    return walk->left > 0;
+}
+
 /* Go through the lines of a walk. */
 INLINED void lines_of_walk(Job *job, Walk walk, int part, Pass pass, int cell, int column,
                            int weight) {
     const Nest *nest = walk.nest;
-    int loop = nest->rank - 2, is_block = is_blocked(nest, pass, cell, weight);
-    int64_t length = nest->size[loop + 1], at[OPERANDS], apart[OPERANDS];
-    for (int o = 0; o < OPERANDS; o++) apart[o] = nest->stride[o][loop];
-    for (; walk.left > 0; next_turn(&walk)) {
-        memcpy(at, walk.at, sizeof at);
-        for (int64_t line = 0; line < walk.lines;) {
-            int rows = is_block && walk.lines - line >= ROWS ? ROWS : 1;
-            if (rows == ROWS)
-                pieces_of(job, at, apart, ROWS, length, SHORT, part, pass, cell, column, weight);
-            else pieces_of(job, at, apart, 1, length, LINE, part, pass, cell, column, weight);
-            for (int o = 0; o < OPERANDS; o++) at[o] += rows * apart[o];
-            line += rows;
-        }
+    int64_t n = nest->size[nest->rank - 1];
+    int is_block = is_blocked(nest, pass, cell, weight);
+    for (Block block = before(walk); next_block(&block, is_block);) {
+        if (block.rows == ROWS)
+            pieces_of(job, block.at, block.apart, ROWS, n, SHORT, part, pass, cell, column, weight);
+        else pieces_of(job, block.at, block.apart, 1, n, LINE, part, pass, cell, column, weight);
     }
 }
 

@@ -25,55 +25,96 @@ static int are_rows(const Job *job) {
         && nest->stride[CELL][lines] == 1 && (!job->varies || varies_so);
 }
 
-/* Sum several lines, which have the sums for themselves, and map them. */
-INLINED void go_through(Job *job, const int64_t *at, const int64_t *apart, int rows, int64_t length,
-                        int64_t most, int part, Pass sum, int column) {
-    double sums[2 * ROWS];
-    int64_t from = at[CELL], to = from + rows;
-    job->cells = (Sums){sums, from, ROWS, 0};
-    for (int times = 0; times < 2; times++) {
-        memset(sums, 0, sizeof sums);
-        job->is_far = 0, job->is_first = !times;
-        pieces_of(job, at, apart, rows, length, most, part, sum, ONE, column, ABSENT);
-        job->finish(job, from, to, part);
-        if (!job->is_far) break;
+/* Normalize a line; `at` is where its operands are. */
+INLINED void normalize_line(Job *job, const int64_t *at, const float *x, float *y, int64_t n,
+                            double share, int is_centered, int column) {
+    int64_t i = at[CELL];
+    Found found = {pivot_of(job, x[0]), 0, 0, 1};
+    for (int times = 0; times < 2 && found.is_far; times++) {
+        float pivot = found.center;
+        Ends ends = is_centered ? moments_line(x, n, ABSENT, 0, &pivot) : squares_line(x, n);
+        found = found_of(sum_of(ends.first) + ends.c, sum_of(ends.second) + ends.d, share, pivot,
+                         LOST, is_centered);
     }
-    if (sum == PRODUCTS) add_to_columns(job, from, to, 0, job->columns.number, part);
-    Pass map = sum == MOMENTS ? MAP : COMBINED;
-    pieces_of(job, at, apart, rows, length, most, part, map, ONE, column, ABSENT);
+    float scale = scale_of(found.m2, share, job->epsilon), shift = -found.offset * scale;
+    job->center[i] = found.center, job->offset[i] = found.offset, job->m2[i] = found.m2;
+    job->scale[i] = scale, job->shift[i] = shift;
+    const float *gamma = job->gamma + at[COLUMN], *beta = job->beta + at[COLUMN];
+    if (is_composed(job)) scale *= *gamma, shift = shift * *gamma + *beta;
+    map_line(y, x, n, ONE, column, &found.center, &scale, &shift, gamma, beta);
 }
 
-INLINED void go_by_rows(Job *job, int64_t first, int64_t last, int part, Pass sum, int column) {
-    const Nest *nest = &job->nest;
-    int loop = nest->rank - 2;
-    int64_t length = nest->size[loop + 1], at[OPERANDS], apart[OPERANDS];
-    for (int o = 0; o < OPERANDS; o++) apart[o] = nest->stride[o][loop];
-    int is_block = length <= SHORT || sum == MAPPED_PRODUCTS;
+/* Normalize lines one by one. What is widened and narrowed goes through that together, or each line
+   would wait for its own. */
+INLINED void normalize_lines(Job *job, const int64_t *from, const int64_t *apart, int rows,
+                             int64_t n, double share, int is_centered, int column) {
+    float room[LINE];
+    Rooms rooms;
+    char *targets[ROWS];
+    float *y[ROWS];
+    int64_t step, at[OPERANDS];
+    memcpy(at, from, sizeof at);
+    const float *x = lines_of(job, X, &(Piece){from, apart, rows, n}, room, &step);
+    for (int i = 0; i < rows; i++) {
+        targets[i] = job->big[Y] + at[Y] * WIDTH[job->types[Y]];
+        y[i] = line_for(job, targets[i], &rooms) + (rows == 1 ? 0 : i * SHORT);
+        normalize_line(job, at, x + i * step, y[i], n, share, is_centered, column);
+        for (int o = 0; o < OPERANDS; o++) at[o] += apart[o];
+    }
+    for (int i = 0; i < rows; i++) put(job, targets[i], n, y[i], &rooms);
+}
+
+INLINED void normalize_by_rows(Job *job, int64_t first, int64_t last, int is_centered, int column) {
+    int64_t n = job->nest.size[job->nest.rank - 1];
+    double share = 1 / job->count;
+    /* Wide lines go by themselves: so a processor reads the next while it writes this one. */
+    int is_block = (job->types[X] != FLOAT || job->types[Y] != FLOAT) && n <= SHORT;
+    for (Block block = before(walk_of(&job->nest, first, last)); next_block(&block, is_block);) {
+        if (block.rows == ROWS)
+            normalize_lines(job, block.at, block.apart, ROWS, n, share, is_centered, column);
+        else normalize_lines(job, block.at, block.apart, 1, n, share, is_centered, column);
+    }
+}
+
+/* Sum several lines, which have the sums for themselves, and map them. */
+INLINED void differentiate_lines(Job *job, const int64_t *at, const int64_t *apart, int rows,
+                                 int64_t length, int64_t most, int part, Pass sum, int column) {
+    double sums[2 * ROWS] = {0};
+    int64_t from = at[CELL], to = from + rows;
+    job->cells = (Sums){sums, from, ROWS, 0};
+    pieces_of(job, at, apart, rows, length, most, part, sum, ONE, column, ABSENT);
+    job->finish(job, from, to, part);
+    if (sum == PRODUCTS) add_to_columns(job, from, to, 0, job->columns.number, part);
+    pieces_of(job, at, apart, rows, length, most, part, COMBINED, ONE, column, ABSENT);
+}
+
+INLINED void differentiate_by_rows(Job *job, int64_t first, int64_t last, int part, Pass sum,
+                                   int column) {
+    int64_t n = job->nest.size[job->nest.rank - 1];
+    int is_block = n <= SHORT || sum == MAPPED_PRODUCTS;
     /* What is widened goes in pieces that there is room for; else a line stays in one. */
-    int is_wide = job->types[X] == FLOAT && (!job->big[DY] || job->types[DY] == FLOAT);
-    for (Walk walk = walk_of(nest, first, last); walk.left > 0; next_turn(&walk)) {
-        memcpy(at, walk.at, sizeof at);
-        for (int64_t line = 0; line < walk.lines;) {
-            int rows = is_block && walk.lines - line >= ROWS ? ROWS : 1;
-            if (rows == ROWS && is_wide)
-                go_through(job, at, apart, ROWS, length, LINE, part, sum, column);
-            else if (rows == ROWS)
-                go_through(job, at, apart, ROWS, length, SHORT, part, sum, column);
-            else go_through(job, at, apart, 1, length, LINE, part, sum, column);
-            for (int o = 0; o < OPERANDS; o++) at[o] += rows * apart[o];
-            line += rows;
-        }
+    int is_wide = job->types[X] == FLOAT && job->types[DY] == FLOAT;
+    for (Block block = before(walk_of(&job->nest, first, last)); next_block(&block, is_block);) {
+        const int64_t *at = block.at, *apart = block.apart;
+        if (block.rows == ROWS && is_wide)
+            differentiate_lines(job, at, apart, ROWS, n, LINE, part, sum, column);
+        else if (block.rows == ROWS)
+            differentiate_lines(job, at, apart, ROWS, n, SHORT, part, sum, column);
+        else differentiate_lines(job, at, apart, 1, n, LINE, part, sum, column);
     }
 }
 
 FOR_EACH_CPU static void normalize_rows(Job *job, int64_t from, int64_t to, int part) {
-    if (job->varies) go_by_rows(job, from, to, part, MOMENTS, MANY);
-    else go_by_rows(job, from, to, part, MOMENTS, ABSENT);
+    (void)part;
+    if (!job->is_centered && job->varies) normalize_by_rows(job, from, to, 0, MANY);
+    else if (!job->is_centered) normalize_by_rows(job, from, to, 0, ABSENT);
+    else if (job->varies) normalize_by_rows(job, from, to, 1, MANY);
+    else normalize_by_rows(job, from, to, 1, ABSENT);
 }
 
 FOR_EACH_CPU static void differentiate_rows(Job *job, int64_t from, int64_t to, int part) {
-    if (job->varies) go_by_rows(job, from, to, part, MAPPED_PRODUCTS, MANY);
-    else go_by_rows(job, from, to, part, PRODUCTS, ABSENT);
+    if (job->varies) differentiate_by_rows(job, from, to, part, MAPPED_PRODUCTS, MANY);
+    else differentiate_by_rows(job, from, to, part, PRODUCTS, ABSENT);
 }
 
 #endif
