@@ -34,7 +34,7 @@ class Learned(NamedTuple):
     @property
     def is_nothing(self) -> bool:
         """Whether neither is there."""
-        return not self.given
+        return self.gamma is None and self.beta is None
 
     @property
     def given(self) -> list[Tensor]:
@@ -44,7 +44,8 @@ class Learned(NamedTuple):
     def filled(self, given: Iterable[Tensor]) -> Self:
         """Return the same with others in place of those that are there."""
         left = iter(given)
-        return type(self)(*(None if part is None else next(left) for part in self))
+        gamma = None if self.gamma is None else next(left)
+        return type(self)(gamma, None if self.beta is None else next(left))
 
 
 AS_IS = Learned(None, None)

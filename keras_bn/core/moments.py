@@ -10,6 +10,7 @@ References:
     Variances", 1979, equations 2.1a and 2.1b.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -81,8 +82,8 @@ def degrees_of_freedom(count: Tensor) -> Tensor:
 
 def is_known(moments: Moments) -> Tensor:
     """Say for each set whether its moments may be kept: not empty, and finite."""
-    # Deviations from a mean that is not finite are not finite either.
-    finite = native.isfinite(moments.m2)
+    # Deviations from a mean that is not finite are not finite either; a NaN is less than nothing.
+    finite = moments.m2 < math.inf
     if is_static(moments.count):
         return finite if moments.count > 0 else ops.zeros_like(finite)
     return finite & (moments.count > 0)

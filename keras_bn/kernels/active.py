@@ -30,6 +30,7 @@ if _is_known:
     _replicas = importlib.import_module(f"keras_bn.kernels.{_backend}.replicas")
 _kernel: Any = importlib.import_module(f"keras_bn.kernels.{_name}")
 
+_whole: Callable[..., tuple[Tensor, Moments]] | None = getattr(_kernel, "normalize", None)
 apply: Callable[..., Tensor] = _kernel.apply
 harmless: Callable[..., Tensor] = getattr(_kernel, "harmless", generic.harmless)
 
@@ -88,10 +89,9 @@ def normalize(
     plan = Plan(pooling, epsilon, dtype, correct, kept, _hold)
     # JAX would count a collective inside a derivative by hand twice: then in parts.
     is_whole = pooling.across is None or hasattr(pooling.across, "total")
-    if is_whole and hasattr(_kernel, "normalize"):
-        y, found = _kernel.normalize(x, learned, plan)
-    else:
-        y, found, *_ = normalization.normalize(_kernel, x, learned, plan)
+    if is_whole and _whole is not None:
+        return _whole(x, learned, plan)
+    y, found, *_ = normalization.normalize(_kernel, x, learned, plan)
     return y, found
 
 

@@ -70,11 +70,18 @@ class Whole(NamedTuple):
 
     Attributes:
         affine: Center, scale and shift of each cell, in one tensor.
-        correction: r and d.
+        r: Of batch renormalization; None for 1.
+        d: Of batch renormalization; None for 0.
     """
 
     affine: Tensor
-    correction: Corrected
+    r: Tensor | None = None
+    d: Tensor | None = None
+
+    @property
+    def correction(self) -> Corrected:
+        """r and d, or None."""
+        return None if self.r is None else (self.r, self.d)
 
 
 class How(NamedTuple):
@@ -183,7 +190,8 @@ def _total_of(together: int) -> Callable[[Tensor], Tensor]:
 
 def varies(learned: Learned, axes: tuple[int, ...]) -> bool:
     """Say whether gamma or beta varies within a set: then it is not part of the set's map."""
-    return any(part.shape[axis] != 1 for part in learned.given for axis in axes)
+    parts = (part for part in learned if part is not None)
+    return any(part.shape[axis] != 1 for part in parts for axis in axes)
 
 
 def _pooled(kernel: Any, x: Tensor, pooling: Pooling) -> Moments:

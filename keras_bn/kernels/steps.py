@@ -47,7 +47,8 @@ class Kernel:
         passes: A module with sums (`number`, `total`, `squares`, `deviations`, `products`,
             `mapped_products`) and maps (`mapped`, `scaled`, `combined`, `weighted`). Where the
             backend has them, `moments` in one pass, and a whole `normalize` with its `gradients`.
-        run: Gives the results of a step and its inputs, with the step's derivative.
+        run: Gives the results of a step and its inputs, with the step's derivative; the further
+            results have none.
     """
 
     def __init__(self, passes: Any, run: Callable[..., Tensors]) -> None:
@@ -125,8 +126,8 @@ class Kernel:
             found = _whole_gradients(passes, x, dy, parts, seen, plan)
             if found is None:
                 return _gradients(passes, x, dy, parts, _seen_of(seen, passes, x, plan), plan)
-            pairs = zip(found[1:], parts.given, strict=True)
-            return found[0], *(_folded(own, part) for own, part in pairs)
+            pairs = zip(found[1:], given, strict=True)
+            return found[0], *[_folded(own, part) for own, part in pairs]
 
         def plain(inputs: Any, seen: Any) -> Any:
             is_fixed = seen is not None and plan.correct is not None
@@ -135,7 +136,6 @@ class Kernel:
             return (y,), _tensors(found)
 
         y, *found = self._run(Step(forward, backward, plain), x, *learned.given)
-        found = [native.stop_gradient(part) for part in found]
         if len(found) == 4:
             return y, Moments(*found)
         return y, Moments(passes.number(x, axes) * (plan.pooling.together or 1), *found)
@@ -161,7 +161,7 @@ def _whole_gradients(
     r, d = whole.correction
     gamma = r if learned.gamma is None else r * learned.gamma
     alone = Learned(gamma, ops.zeros_like(gamma))
-    found = passes.gradients(x, dy, alone, whole._replace(correction=None), plan)
+    found = passes.gradients(x, dy, alone, Whole(whole.affine), plan)
     if found is None:
         return None
     dx, second, first = found
@@ -264,6 +264,8 @@ def _shared_axes(learned: Learned) -> Axes:
 
 def _folded(cells: Tensor, like: Tensor) -> Tensor:
     """Sum what all cells that share a parameter give for it."""
+    if cells.shape == like.shape:
+        return cells
     pairs = enumerate(zip(cells.shape, like.shape, strict=True))
     axes = tuple(axis for axis, (have, want) in pairs if want == 1 and have != 1)
     return ops.sum(cells, axis=axes, keepdims=True) if axes else cells

@@ -10,7 +10,7 @@ from keras import ops
 from keras_bn import kernels
 from keras_bn.core import native, pooling
 from keras_bn.core.affine import Learned
-from keras_bn.core.dtypes import statistics_dtype
+from keras_bn.core.dtypes import UNIT_ROUNDOFF, statistics_dtype
 from keras_bn.core.moments import Moments
 from keras_bn.core.pooling import Pooling
 from keras_bn.errors import invalid
@@ -98,9 +98,8 @@ class Configured(keras.layers.Layer):
         """Return the input in a dtype that the kernels sum."""
         given = keras.backend.standardize_dtype(inputs.dtype)
         dtype = statistics_dtype(given, self.compute_dtype)
-        if statistics_dtype(given) != dtype or not keras.backend.is_float_dtype(given):
-            return ops.cast(inputs, dtype)
-        return inputs
+        is_taken = given in UNIT_ROUNDOFF and statistics_dtype(given) == dtype
+        return inputs if is_taken else ops.cast(inputs, dtype)
 
     def _statistics_dtype(self, x: Tensor) -> str:
         return statistics_dtype(keras.backend.standardize_dtype(x.dtype))

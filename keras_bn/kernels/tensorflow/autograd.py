@@ -37,7 +37,7 @@ def run(step: Step, *inputs: Tensor) -> tuple[Tensor, ...]:
 
         return outputs, gradient
 
-    return (*forward(*inputs), *further)
+    return (*forward(*inputs), *map(tf.stop_gradient, further))
 
 
 def _gradient(step: Step, constants: Any, inputs: Any, grads: Any) -> tuple[Tensor, ...]:

@@ -116,8 +116,8 @@ def normalize(
     how, given = how_of(learned, plan), [x, *parts, *kept]
     y, affine, rest = _either(plain, _normalized, how, *given)
     count = number(x, how.axes) * how.together
-    correction = (rest[4], rest[5]) if kept else None
-    return y, Moments(count, affine[0], rest[0], rest[1]), Whole(affine, correction)
+    correction = (rest[4], rest[5]) if kept else ()
+    return y, Moments(count, affine[0], rest[0], rest[1]), Whole(affine, *correction)
 
 
 def _normalized(how: How, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

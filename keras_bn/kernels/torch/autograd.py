@@ -19,7 +19,7 @@ def run(step: Step, *inputs: Tensor) -> tuple[Tensor, ...]:
     """
     if is_transformed(*inputs):
         outputs, others = step.plain(inputs, None)
-        return (*outputs, *others)
+        return (*outputs, *[part.detach() for part in others])
     if not torch.is_grad_enabled():
         # The compiler would mistake the arguments of a function of two inputs (torch 2.13).
         outputs, others, _ = step.forward(*inputs)
@@ -57,25 +57,29 @@ class _Differentiable(torch.autograd.Function):
         return None, *step.backward(inputs, constants, grads[: ctx.number])
 
 
-def _parted(value: Any, tensors: list[Tensor]) -> Any:
+def _parted(values: Any, tensors: list[Tensor]) -> Any:
     """Move the tensors of nested tuples into a list, and return the tuples without them."""
-    if isinstance(value, torch.Tensor):
-        tensors.append(value)
-        return torch.Tensor
-    if isinstance(value, tuple):
-        return _like(value, [_parted(part, tensors) for part in value])
-    return value
+    parts = []
+    for value in values or ():
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+            value = torch.Tensor
+        parts.append(_parted(value, tensors) if isinstance(value, tuple) else value)
+    return _like(values, parts)
 
 
 def _joined(form: Any, tensors: Iterator[Tensor]) -> Any:
     """Undo `_parted`."""
-    if form is torch.Tensor:
-        return next(tensors)
-    return (
-        _like(form, [_joined(part, tensors) for part in form]) if isinstance(form, tuple) else form
-    )
+    parts = []
+    for part in form or ():
+        if part is torch.Tensor:
+            part = next(tensors)
+        parts.append(_joined(part, tensors) if isinstance(part, tuple) else part)
+    return _like(form, parts)
 
 
 def _like(form: Any, parts: list[Any]) -> Any:
-    """Return parts as a tuple of the same kind."""
+    """Return parts as a tuple of the same kind; None for None."""
+    if form is None:
+        return None
     return type(form)(*parts) if hasattr(form, "_fields") else tuple(parts)

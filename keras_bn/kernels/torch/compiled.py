@@ -102,36 +102,41 @@ def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments,
     """Return y, the moments, and the map of each cell, which the gradient needs."""
     axes, together = plan.pooling.axes, plan.pooling.together or 1
     dtype, sums = getattr(torch, plan.dtype), sums_of(x, axes)
-    is_there = is_memory(x) or (x.is_cpu and takes_operations())
+    is_eager = is_memory(x)
+    is_there = is_eager or (x.is_cpu and takes_operations())
     if not is_there or not _is_known(x) or dtype not in TYPE:
         return None
     columns, kept = _columns(learned, sums, axes), _kept(plan, sums)
     if columns is None or kept is None:
         return None
-    y, affine, rest = operations.normalize(
+    make = operations.normalize if is_eager else operations.normalize.operation
+    y, affine, rest = make(
         x, *columns.parts, *kept, axes, columns.varies, together, plan.epsilon,
         plan.pooling.is_centered, x.requires_grad, dtype,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
+    if not is_eager:
         # Keras sets a mask on it, which torch 2.13 forbids on one of several results.
         y = y.view_as(y)
     size = math.prod([x.shape[axis] for axis in axes])
-    correction = None if kept.values is None else (rest[4], rest[5])
-    return y, Moments(size * together, affine[0], rest[0], rest[1]), Whole(affine, correction)
+    correction = () if kept.values is None else (rest[4], rest[5])
+    return y, Moments(size * together, affine[0], rest[0], rest[1]), Whole(affine, *correction)
 
 
 def gradients(
     x: Tensor, dy: Tensor, learned: Learned, whole: Whole, plan: Plan
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x and of what is learned, from the maps that `normalize` gave."""
-    columns: Any = _columns(learned, whole.affine.shape[1:], plan.pooling.axes)
-    together = plan.pooling.together or 1
-    gamma, _ = columns.parts
-    dx, found = operations.gradients(
-        x, dy, gamma, whole.affine, columns.varies, together, plan.pooling.is_centered
-    )
+    gamma, beta = learned
+    if gamma is None and beta is not None:
+        gamma = torch.ones_like(beta)
+    are_varied, together = varies(learned, plan.pooling.axes), plan.pooling.together or 1
+    make = operations.gradients.operation if takes_operations() else operations.gradients
+    dx, found = make(
+        x, dy, None if gamma is None else gamma.contiguous(), whole.affine, are_varied, together,
+        plan.pooling.is_centered,
+    )  # fmt: skip
     pairs = zip((found[1], found[0]), learned, strict=True)
-    return dx, *(gradient for gradient, part in pairs if part is not None)
+    return dx, *[gradient for gradient, part in pairs if part is not None]
 
 
 class _Kept(NamedTuple):
@@ -182,7 +187,7 @@ def _columns(learned: Learned, sums: Axes, axes: Axes) -> _Columns | None:
     beta = torch.zeros_like(gamma) if beta is None else beta
     parts, shape = _dense(gamma, beta), tuple(gamma.shape)
     are_varied = varies(learned, axes)
-    if parts is None or not (are_varied or are_in_turn(shape, sums)):
+    if parts is None or not (are_varied or shape == sums or are_in_turn(shape, sums)):
         return None
     return _Columns(parts, are_varied)
 
@@ -198,9 +203,12 @@ def _filled(affine: Affine) -> Affine:
 def _dense(*parts: Tensor | None, like: Axes | None = None) -> list[Any] | None:
     """Return dense tensors of one shape; None for those of another dtype or device."""
     given = [part for part in parts if part is not None]
-    if any(part.dtype != torch.float32 or not part.is_cpu for part in given):
-        return None
-    if like is not None or any(part.shape != given[0].shape for part in given):
+    are_alike = True
+    for part in given:
+        if part.dtype != torch.float32 or not part.is_cpu:
+            return None
+        are_alike = are_alike and part.shape == given[0].shape
+    if like is not None or not are_alike:
         shape = like or torch.broadcast_shapes(*(part.shape for part in given))
         return [None if part is None else part.expand(shape).contiguous() for part in parts]
     return [None if part is None else part.contiguous() for part in parts]

@@ -4,7 +4,6 @@ In compiled code what is made in one pass, and its gradients, are operations, wh
 compiler takes as they are; sums and maps by themselves it joins with what is around them.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from keras_bn.core.affine import Affine
 from keras_bn.kernels.compiled import TYPES, dims, library
-from keras_bn.kernels.torch.tracing import takes_operations
 
 Axes = tuple[int, ...]
 
@@ -110,26 +108,21 @@ def combined(
 
 
 def _operation(shapes: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what makes a function of tensors and numbers an operation in compiled code.
+    """Return what makes a function of tensors and numbers an operation for compiled code, too.
 
     Args:
         shapes: Makes results without values.
 
     Returns:
-        A decorator; no result of the function may be one of its arguments.
+        A decorator, which gives the function an attribute, `operation`; no result of the function
+        may be one of its arguments.
     """
 
-    def made(function: Callable[..., Any]) -> Callable[..., Any]:
-        opaque = torch.library.custom_op(
-            f"keras_bn::{function.__name__}", function, mutates_args=()
-        )
-        opaque.register_fake(shapes)
-
-        @functools.wraps(function)
-        def call(*given: Any) -> Any:
-            return opaque(*given) if takes_operations() else function(*given)
-
-        return call
+    def made(function: Any) -> Any:
+        name = f"keras_bn::{function.__name__}"
+        function.operation = torch.library.custom_op(name, function, mutates_args=())
+        function.operation.register_fake(shapes)
+        return function
 
     return made
 
@@ -138,8 +131,9 @@ def _empty_whole(
     x: Tensor, gamma: Any, beta: Any, kept: Any, limits: Any, axes: Any, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     *_, dtype = options
-    shapes = [(number, *sums_of(x, axes)) for number in (3, 4 if kept is None else 6)]
-    affine, rest = (x.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    sums = sums_of(x, axes)
+    affine = x.new_empty((3, *sums), dtype=torch.float32)
+    rest = affine.new_empty((4 if kept is None else 6, *sums))
     return torch.empty_like(x, dtype=dtype), affine, rest
 
 
@@ -164,12 +158,15 @@ def normalize(
     column = (1,) * x.ndim if gamma is None else gamma.shape
     nest = dims(x.shape, x.stride(), None, y.stride(), None, affine.shape[1:], column)
     cells = affine.numel() // 3
+    learned = _addresses(gamma, beta)
+    correction = [None, 0, None, None]
+    if kept is not None:
+        columns, (to, ends, r) = kept.numel() // 2, _addresses(kept, limits, rest[4])
+        correction = [to, columns, ends, r]
     done = _library.keras_bn_normalize(
-        x.ndim, nest, *_data(x), *_data(y), *_addresses(gamma, beta), varies, x.numel() // cells,
-        together, epsilon, is_centered, cells, math.prod(column), affine.data_ptr(),
-        rest.data_ptr(), *_addresses(kept), 0 if kept is None else kept.numel() // 2,
-        *_addresses(limits, None if kept is None else rest[4]), is_training,
-        torch.get_num_threads(),
+        x.ndim, nest, x.data_ptr(), TYPE[x.dtype], y.data_ptr(), TYPE[dtype], *learned, varies,
+        x.numel() // cells, together, epsilon, is_centered, cells, math.prod(column),
+        affine.data_ptr(), rest.data_ptr(), *correction, is_training, torch.get_num_threads(),
     )  # fmt: skip
     if done:
         return y, affine, rest
@@ -204,9 +201,10 @@ def gradients(
     )
     cells = affine.numel() // 3
     done = _library.keras_bn_gradients(
-        x.ndim, nest, *_data(x), *_data(dy), *_data(dx), *_addresses(gamma), varies,
-        x.numel() // cells, together, is_centered, cells, found.numel() // 2, affine.data_ptr(),
-        work.data_ptr(), found.data_ptr(), torch.get_num_threads(),
+        x.ndim, nest, x.data_ptr(), TYPE[x.dtype], dy.data_ptr(), TYPE[dy.dtype], dx.data_ptr(),
+        TYPE[x.dtype], None if gamma is None else gamma.data_ptr(), varies, x.numel() // cells,
+        together, is_centered, cells, found.numel() // 2, affine.data_ptr(), work.data_ptr(),
+        found.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if done:
         return dx, found

@@ -14,13 +14,15 @@ import torch
 from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.dtypes import statistics_dtype
 from keras_bn.kernels import generic
-from keras_bn.kernels.normalization import Plan, Whole
 from keras_bn.kernels.torch import compiled
 from keras_bn.kernels.torch.sums import sum_over
 from keras_bn.kernels.torch.tracing import is_transformed
 from keras_bn.types import Tensor
 
 Axes = tuple[int, ...]
+
+# A whole normalization and its gradients, where the passes in C take it.
+normalize, gradients = compiled.normalize, compiled.gradients
 
 # Elements of a piece: 2 MiB in float32, which the cores' caches hold beside a copy.
 _PIECE = 1 << 19
@@ -38,18 +40,6 @@ def number(x: Tensor, axes: Axes) -> int:
 def moments(x: Tensor, weights: Tensor | None, count: Any, axes: Axes) -> Any:
     """Return pivot, offset and m2, in one pass; None where that cannot be had."""
     return compiled.moments(x, weights, count, axes)
-
-
-def normalize(x: Tensor, learned: Learned, plan: Plan) -> Any:
-    """Return y, the moments, and what `gradients` needs; None where that cannot be had at once."""
-    return compiled.normalize(x, learned, plan)
-
-
-def gradients(
-    x: Tensor, dy: Tensor, learned: Learned, whole: Whole, plan: Plan
-) -> tuple[Tensor, ...]:
-    """Return the gradients of x and of what is learned, from what `normalize` gave."""
-    return compiled.gradients(x, dy, learned, whole, plan)
 
 
 def total(x: Tensor, weights: Tensor | None, axes: Axes) -> Tensor:

@@ -35,7 +35,7 @@ def is_transformed(*inputs: Tensor) -> bool:
     """Say whether `torch.func` is at work, or forward mode on one of the inputs."""
     if _is_within_transform():
         return True
-    if torch.compiler.is_compiling():
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return False
     return any(forward_ad.unpack_dual(part).tangent is not None for part in inputs)
 
