@@ -35,6 +35,9 @@ class Failures:
 def run(folder: str, tests: list[str], kernels: str) -> dict[str, str]:
     """Run the tests in a folder until one fails; return what failed."""
     os.environ["KERAS_BN_KERNELS"] = kernels
+    operations = sys.modules.get("keras_bn.kernels.torch.operations")
+    if operations is not None:  # PyTorch would warn that others take their place
+        operations.SPACE._destroy()
     for name in [name for name in sys.modules if name.split(".")[0] in ("keras_bn", "tests")]:
         del sys.modules[name]
     os.chdir(folder)

@@ -16,6 +16,7 @@ from keras_bn.kernels.compiled import TYPES, dims, library
 
 Axes = tuple[int, ...]
 
+SPACE = torch.library.Library("keras_bn", "FRAGMENT")
 _library: Any = library()
 # The dtypes that the passes take, as calls.h numbers them; none without a library.
 TYPE = {getattr(torch, name): number for name, number in TYPES.items() if _library is not None}
@@ -119,9 +120,13 @@ def _operation(shapes: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def made(function: Any) -> Any:
-        name = f"keras_bn::{function.__name__}"
-        function.operation = torch.library.custom_op(name, function, mutates_args=())
-        function.operation.register_fake(shapes)
+        name = function.__name__
+        # `custom_op` would go through further functions of Python: 60 µs, where no cache holds them.
+        if not hasattr(torch.ops.keras_bn, name):  # the module may be imported anew
+            SPACE.define(name + torch.library.infer_schema(function, mutates_args=()))
+        SPACE.impl(name, function, "CPU")
+        torch.library.register_fake(f"keras_bn::{name}", shapes, lib=SPACE)
+        function.operation = getattr(torch.ops.keras_bn, name).default
         return function
 
     return made
