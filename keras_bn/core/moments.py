@@ -143,6 +143,28 @@ def merge(parts: Moments, total: Callable[[Tensor], Tensor], number: int | None 
     return Moments(count, pivot, offset, m2)
 
 
+def merge_equal(parts: Moments, number: int, find: Callable[..., Moments]) -> Moments:
+    """Merge the moments of disjoint sets of one size, along the first axis, exactly, as `merge`.
+
+    With the moments of the means, n elements in each part: m2 = Σ m2_i + n·m2 of the means.
+
+    Args:
+        parts: The moments of the parts, their count a Python number.
+        number: How many parts there are.
+        find: Gives the moments of an array over axes, as `kernels.moments`.
+
+    Returns:
+        The merged moments, the first axis kept.
+    """
+    first = native.stop_gradient(parts.pivot[:1])
+    means = find((parts.pivot - first) + parts.offset, (0,))
+    pivot = settled(first + means.pivot)
+    offset = ((first - pivot) + means.pivot) + means.offset
+    # So many numbers are summed by the kernels: TensorFlow's sum adds them one by one.
+    m2 = number * find(parts.m2, (0,)).mean + parts.count * means.m2
+    return Moments(number * parts.count, pivot, offset, m2)
+
+
 def merge_replicas(own: Moments, total: Callable[[Tensor], Tensor]) -> Moments:
     """Merge the moments that each replica has of its part, in two sums, as `merge`.
 

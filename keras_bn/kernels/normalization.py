@@ -161,7 +161,7 @@ def in_one(kernel: Any, how: How, x: Tensor, *others: Tensor) -> tuple[Tensor, T
         *others: gamma and beta, or neither; then what sets are corrected towards, and the limits.
 
     Returns:
-        y; each cell's center, scale and shift; its offset, m2, two zeros, maybe r and d.
+        y; each cell's center, scale and shift; its offset, m2, maybe r and d.
     """
     sets = (_total_of(how.together), how.together, True) if how.together > 1 else ()
     pooling = Pooling(how.axes, None, *sets)._replace(is_centered=how.is_centered)
@@ -173,7 +173,7 @@ def in_one(kernel: Any, how: How, x: Tensor, *others: Tensor) -> tuple[Tensor, T
     y, moments, seen = normalize(kernel, x, Learned(*learned) if learned else AS_IS, plan)
     zero = ops.zeros_like(moments.m2)
     affine = [zero if part is None else part for part in seen.affine]
-    rest = [moments.offset, moments.m2, zero, zero, *(seen.correction or ())]
+    rest = [moments.offset, moments.m2, *(seen.correction or ())]
     return y, ops.stack(affine), ops.stack(rest)
 
 

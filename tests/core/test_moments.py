@@ -12,6 +12,7 @@ from keras_bn.core.moments import (
     degrees_of_freedom,
     is_known,
     merge,
+    merge_equal,
     merge_replicas,
     or_else,
     union,
@@ -94,6 +95,15 @@ def test_merged_parts_are_the_whole(sizes, weighted):
     x, weights = data(weighted)
     found = merge(parts(x, weights, sizes), over_rows)
     assert share(found, reference.moments(x, (0,), weights)) <= 1
+
+
+@pytest.mark.parametrize("size", [1, 4, 60, 300, 600])
+def test_merged_parts_of_one_size_are_the_whole(size):
+    x, weights = data()
+    number = ROWS // size
+    given = parts(x, weights, (size,) * number)._replace(count=size)
+    found = merge_equal(given, number, kernels.moments)
+    assert share(found, reference.moments(x, (0,))) <= 1
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])

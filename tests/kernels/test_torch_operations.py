@@ -157,7 +157,8 @@ def test_a_layer_in_compiled_code_is_the_layer(kind, options, use, called):
         state = [weight.numpy() for weight in layer.non_trainable_variables]
         found = torch.autograd.grad(y, [x, *weights])
         results.append([*(part.numpy() for part in found), *state])
-        assert {"normalize", "gradients"} == called
+        # Where nothing is compiled, ghosts are merged by the moments of their means.
+        assert called - {"moments"} == {"normalize", "gradients"}
         called.clear()
     for found, wanted in zip(*results, strict=True):
         assert np.allclose(found, wanted, atol=1e-5)

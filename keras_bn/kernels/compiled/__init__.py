@@ -58,7 +58,7 @@ _ARGUMENTS = {
         _INT,
         _LONG,
         _LONG,
-        *[_DATA] * 3,
+        *[_DATA] * 2,
         _INT,
     ],
 }

@@ -22,6 +22,14 @@ typedef struct {
     int64_t first, number, copy;
 } Sums;
 
+/* What there is for each of a number of cells between two stages; each part has its own, as long as
+   it needs it. */
+enum { WORKS = 3 };
+typedef struct {
+    float *room;
+    int64_t number;
+} Work;
+
 typedef struct Job Job;
 
 /* Go through turns of the outermost loop, or through cells; `part` says whose sums are added to. */
@@ -42,6 +50,7 @@ struct Job {
     float *r, *d;
     int64_t kept_columns;
     Sums cells, columns;
+    Work work; /* for slopes, levels and factors, unless these are results */
     const float *counts;
     double count, epsilon;
     int64_t all;      /* how many cells there are */
@@ -72,8 +81,21 @@ static int allocate(Sums *sums, int64_t number, int copies) {
     return sums->sums != NULL;
 }
 
-/* Make the nest of a job, its parts and its sums of cells and of columns (0 for none); 0 where they
-   cannot be had. */
+static void release(Job *job) {
+    free(job->cells.sums);
+    free(job->columns.sums);
+    free(job->work.room);
+}
+
+/* Let slopes, levels and factors of a number of cells lie in a room. */
+static void place(Job *job, float *room, int64_t first, int64_t number) {
+    job->slope = room - first;
+    job->level = room + number - first;
+    job->factor = room + 2 * number - first;
+}
+
+/* Make the nest of a job, its parts, its sums of cells and of columns (0 for none), and room for its
+   work; 0 where they cannot be had. */
 static int prepare(Job *job, int rank, const int64_t *dims, int64_t cells, int64_t columns,
                    int threads) {
     Nest *nest = &job->nest;
@@ -92,15 +114,16 @@ static int prepare(Job *job, int rank, const int64_t *dims, int64_t cells, int64
     int64_t chunk = job->many < nest->size[0] ? job->many : nest->size[0];
     int is_shared = !nest->stride[CELL][0], is_apart = are_apart(job);
     int64_t number = is_apart ? chunk * nest->stride[CELL][0] : cells;
-    if (!allocate(&job->cells, number, is_apart || is_shared ? job->parts : 1)) return 0;
-    if (!columns || allocate(&job->columns, columns, job->parts)) return 1;
-    free(job->cells.sums);
-    return 0;
-}
-
-static void release(Job *job) {
-    free(job->cells.sums);
-    free(job->columns.sums);
+    int is_done = allocate(&job->cells, number, is_apart || is_shared ? job->parts : 1)
+        && (!columns || allocate(&job->columns, columns, job->parts));
+    if (is_done && job->map) {
+        int64_t all = WORKS * number * (is_apart ? job->parts : 1);
+        job->work = (Work){malloc((size_t)all * sizeof(float)), number};
+        place(job, job->work.room, 0, number);
+        is_done = job->work.room != NULL;
+    }
+    if (!is_done) release(job);
+    return is_done;
 }
 
 #endif

@@ -88,7 +88,7 @@ int keras_bn_normalize(int rank, const int64_t *dims, char *x, int type, char *y
                .varies = varies, .count = count, .together = together, .epsilon = epsilon,
                .is_centered = is_centered, .center = affine, .scale = affine + cells,
                .shift = affine + 2 * cells, .offset = rest, .m2 = rest + cells,
-               .slope = rest + 2 * cells, .level = rest + 3 * cells, .columns.number = columns,
+               .columns.number = columns,
                .kept = kept, .kept_columns = kept_columns, .limits = limits, .r = correction,
                .d = correction + cells, .is_training = is_training};
     if (!prepare(&job, rank, dims, cells, 0, threads)) return 0;
@@ -100,13 +100,12 @@ int keras_bn_normalize(int rank, const int64_t *dims, char *x, int type, char *y
 int keras_bn_gradients(int rank, const int64_t *dims, char *x, int type, char *dy, int dy_type,
                        char *dx, int dx_type, const float *gamma, int varies, double count,
                        int64_t together, int is_centered, int64_t cells, int64_t columns,
-                       float *affine, float *work, float *d_learned, int threads) {
+                       float *affine, float *d_learned, int threads) {
     Job job = {.sum = varies ? sum_mapped_products : sum_products, .finish = finish_gradients,
                .map = combine, .rows = differentiate_rows, .big = {x, dy, dx},
                .types = {type, dy_type, dx_type}, .gamma = gamma, .varies = varies,
                .count = count, .together = together, .is_centered = is_centered,
                .center = affine, .scale = affine + cells, .shift = affine + 2 * cells,
-               .factor = work, .slope = work + cells, .level = work + 2 * cells,
                .is_training = 1};
     if (!prepare(&job, rank, dims, cells, columns, threads)) return 0;
     run(&job);

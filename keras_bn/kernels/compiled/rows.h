@@ -80,8 +80,10 @@ INLINED void normalize_by_rows(Job *job, int64_t first, int64_t last, int is_cen
 INLINED void differentiate_lines(Job *job, const int64_t *at, const int64_t *apart, int rows,
                                  int64_t length, int64_t most, int part, Pass sum, int column) {
     double sums[2 * ROWS] = {0};
+    float work[WORKS * ROWS];
     int64_t from = at[CELL], to = from + rows;
     job->cells = (Sums){sums, from, ROWS, 0};
+    place(job, work, from, ROWS);
     pieces_of(job, at, apart, rows, length, most, part, sum, ONE, column, ABSENT);
     job->finish(job, from, to, part);
     if (sum == PRODUCTS) add_to_columns(job, from, to, 0, job->columns.number, part);

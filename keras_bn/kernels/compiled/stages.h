@@ -41,6 +41,8 @@ static void find_pivots(Job *job, int64_t from, int64_t to) {
 static void sum_and_finish(Job *job, int64_t from, int64_t to, int part) {
     int64_t stride = job->nest.stride[CELL][0], first = from * stride, last = to * stride;
     int is_alone = are_lines_alone(job);
+    int64_t number = job->work.number;
+    if (job->map) place(job, job->work.room + part * WORKS * number, first, number);
     if (job->sum == sum_moments && !is_alone) find_pivots(job, from, to);
     job->cells.first = first;
     for (int times = 0; times < 2; times++) {

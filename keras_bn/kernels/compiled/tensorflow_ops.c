@@ -189,7 +189,7 @@ static void normalize(void *kernel, TF_OpKernelContext *context) {
         char *y = like_input(&call, &shape, type);
         float *affine = parts_of(context, 1, 3, shape.sums, shape.rank, shape.cells,
                                  &call.outputs[1], call.status);
-        float *rest = parts_of(context, 2, kept ? 6 : 4, shape.sums, shape.rank, shape.cells,
+        float *rest = parts_of(context, 2, kept ? 4 : 2, shape.sums, shape.rank, shape.cells,
                                &call.outputs[2], call.status);
         is_done = !shape.elements;
         if (!TF_GetCode(call.status) && !is_done)
@@ -200,7 +200,7 @@ static void normalize(void *kernel, TF_OpKernelContext *context) {
                 options->epsilon, options->is_centered, shape.cells, shape.number, affine, rest,
                 kept ? data_of(&call, kept) : NULL,
                 kept ? TF_TensorElementCount(call.inputs[kept]) / 2 : 0, limits,
-                rest + 4 * shape.cells, 1, (int)options->threads);
+                rest + 2 * shape.cells, 1, (int)options->threads);
     }
     finish(&call, is_done);
 }
@@ -216,17 +216,15 @@ static void gradients(void *kernel, TF_OpKernelContext *context) {
         char *dx = like_input(&call, &shape, type);
         float *learned = parts_of(context, 1, 2, shape.columns, shape.rank, shape.number,
                                   &call.outputs[1], call.status);
-        float *work = malloc((size_t)(3 * shape.cells) * sizeof(float));
         is_done = !shape.elements;
-        if (!TF_GetCode(call.status) && !is_done && work)
+        if (!TF_GetCode(call.status) && !is_done)
             is_done = keras_bn_gradients(
                 shape.rank, shape.dims, TF_TensorData(x), type, TF_TensorData(dy),
                 of_dtype(TF_TensorType(dy)), dx, type,
                 data_of(&call, 3), options->varies,
                 (double)shape.elements / shape.cells, options->together, options->is_centered,
-                shape.cells, shape.number, TF_TensorData(call.inputs[2]), work, learned,
+                shape.cells, shape.number, TF_TensorData(call.inputs[2]), learned,
                 (int)options->threads);
-        free(work);
     }
     finish(&call, is_done);
 }

@@ -224,7 +224,7 @@ static int combined(const Frame *frame) {
 static int normalize(const Frame *frame) {
     Call call = call_of(frame, 0, 1, 0);
     const Shape *of = &call.shape;
-    int kept = frame->results.buffers[2]->dims[0] == 6 ? call.is.is_given ? 3 : 1 : 0;
+    int kept = frame->results.buffers[2]->dims[0] == 4 ? call.is.is_given ? 3 : 1 : 0;
     double limits[3] = {0};
     for (int i = 0; kept && i < 3; i++) limits[i] = ((float *)operand(frame, kept + 1))[i];
     float *rest = result(frame, 2);
@@ -236,7 +236,7 @@ static int normalize(const Frame *frame) {
                               of->number, result(frame, 1), rest,
                               kept ? operand(frame, kept) : NULL,
                               kept ? elements_of(frame->operands.buffers[kept]) / 2 : 0, limits,
-                              rest + 4 * of->cells, (int)call.is.is_training,
+                              rest + 2 * of->cells, (int)call.is.is_training,
                               (int)call.is.threads);
 }
 
@@ -244,17 +244,13 @@ static int normalize(const Frame *frame) {
 static int gradients(const Frame *frame) {
     Call call = call_of(frame, 0, 3, 0);
     const Shape *of = &call.shape;
-    if (is_empty(&call)) return 1;
-    float *work = malloc((size_t)(3 * of->cells) * sizeof(float));
-    int is_done = work
-        && keras_bn_gradients(of->rank, of->dims, operand(frame, 0), call.x_type,
+    return is_empty(&call)
+        || keras_bn_gradients(of->rank, of->dims, operand(frame, 0), call.x_type,
                               operand(frame, 1), type_of(frame->operands.buffers[1]),
                               result(frame, 0), call.x_type, further(&call, 3),
                               (int)call.is.varies, call.count, call.is.together,
                               (int)call.is.is_centered, of->cells, of->number, operand(frame, 2),
-                              work, result(frame, 1), (int)call.is.threads);
-    free(work);
-    return is_done;
+                              result(frame, 1), (int)call.is.threads);
 }
 
 static Error *called(Frame *frame, int (*body)(const Frame *)) {

@@ -130,7 +130,7 @@ def _normalized_jvp(what: tuple[Any, How], primals: Any, tangents: Any) -> Any:
     how = how._replace(is_training=True)
     y, affine, rest = _normalized((plain, how), *primals)
     if how.is_corrected:
-        primals, tangents = _composed(primals[:-2], tangents[:-2], rest[4], rest[5])
+        primals, tangents = _composed(primals[:-2], tangents[:-2], rest[2], rest[3])
         how = how._replace(is_corrected=False)
     (dy,) = _movement.bind(*primals, affine, *tangents, plain=plain, how=how)
     return (y, affine, rest), (dy, jnp.zeros_like(affine), jnp.zeros_like(rest))
@@ -212,7 +212,7 @@ _normalize = operation(
     lambda how, x, *_: [
         (x.shape, how.dtype),
         ((3, *_sums(how, x)), jnp.float32),
-        ((6 if how.is_corrected else 4, *_sums(how, x)), jnp.float32),
+        ((4 if how.is_corrected else 2, *_sums(how, x)), jnp.float32),
     ],
     _call_normalize,
 )

@@ -116,12 +116,12 @@ def normalize(
     how, given = how_of(learned, plan), [x, *parts, *kept]
     y, affine, rest = _either(plain, _normalized, how, *given)
     count = number(x, how.axes) * how.together
-    correction = (rest[4], rest[5]) if kept else ()
+    correction = (rest[2], rest[3]) if kept else ()
     return y, Moments(count, affine[0], rest[0], rest[1]), Whole(affine, *correction)
 
 
 def _normalized(how: How, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    sums, rows = _sums(x, how.axes), 6 if how.is_corrected else 4
+    sums, rows = _sums(x, how.axes), 4 if how.is_corrected else 2
     results = [(how.dtype, x.shape), ("float32", [3, *sums]), ("float32", [rows, *sums])]
     options = {"epsilon": how.epsilon, "is_corrected": how.is_corrected}
     return tuple(_call("normalize", [x], [*others], results, **_options(how), **options))

@@ -118,7 +118,7 @@ def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments,
         # Keras sets a mask on it, which torch 2.13 forbids on one of several results.
         y = y.view_as(y)
     size = math.prod([x.shape[axis] for axis in axes])
-    correction = () if kept.values is None else (rest[4], rest[5])
+    correction = () if kept.values is None else (rest[2], rest[3])
     return y, Moments(size * together, affine[0], rest[0], rest[1]), Whole(affine, *correction)
 
 

@@ -4,8 +4,10 @@ In compiled code what is made in one pass, and its gradients, are operations, wh
 compiler takes as they are; sums and maps by themselves it joins with what is around them.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from keras_bn.kernels.compiled import TYPES, dims, library
 Axes = tuple[int, ...]
 
 SPACE = torch.library.Library("keras_bn", "FRAGMENT")
+# Part of the operations' names: PyTorch keeps compiled code on disk, with the shapes that an
+# operation of that name had.
+_EDITION = hashlib.sha1(Path(__file__).read_bytes()).hexdigest()[:8]
 _library: Any = library()
 # The dtypes that the passes take, as calls.h numbers them; none without a library.
 TYPE = {getattr(torch, name): number for name, number in TYPES.items() if _library is not None}
@@ -120,8 +125,8 @@ def _operation(shapes: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def made(function: Any) -> Any:
-        name = function.__name__
-        # `custom_op` would go through further functions of Python: 60 µs, where no cache holds them.
+        name = f"{function.__name__}_{_EDITION}"
+        # `custom_op` would call further functions of Python, which take longer than a small pass.
         if not hasattr(torch.ops.keras_bn, name):  # the module may be imported anew
             SPACE.define(name + torch.library.infer_schema(function, mutates_args=()))
         SPACE.impl(name, function, "CPU")
@@ -138,7 +143,7 @@ def _empty_whole(
     *_, dtype = options
     sums = sums_of(x, axes)
     affine = x.new_empty((3, *sums), dtype=torch.float32)
-    rest = affine.new_empty((4 if kept is None else 6, *sums))
+    rest = affine.new_empty((2 if kept is None else 4, *sums))
     return torch.empty_like(x, dtype=dtype), affine, rest
 
 
@@ -157,7 +162,7 @@ def normalize(
     is_training: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y; center, scale and shift of each cell; offsets, m2, work for two, and r and d."""
+    """Return y; center, scale and shift of each cell; offsets, m2, and r and d."""
     options = (varies, together, epsilon, is_centered, is_training, dtype)
     y, affine, rest = _empty_whole(x, gamma, beta, kept, limits, axes, *options)
     column = (1,) * x.ndim if gamma is None else gamma.shape
@@ -166,7 +171,7 @@ def normalize(
     learned = _addresses(gamma, beta)
     correction = [None, 0, None, None]
     if kept is not None:
-        columns, (to, ends, r) = kept.numel() // 2, _addresses(kept, limits, rest[4])
+        columns, (to, ends, r) = kept.numel() // 2, _addresses(kept, limits, rest[2])
         correction = [to, columns, ends, r]
     done = _library.keras_bn_normalize(
         x.ndim, nest, x.data_ptr(), TYPE[x.dtype], y.data_ptr(), TYPE[dtype], *learned, varies,
@@ -200,7 +205,6 @@ def gradients(
     dx, found = _empty_gradients(x, dy, gamma, affine)
     # The passes take both alike.
     dy = dy if dy.dtype in TYPE and dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
-    work = torch.empty_like(affine)
     nest = dims(
         x.shape, x.stride(), dy.stride(), dx.stride(), None, affine.shape[1:], found.shape[1:]
     )
@@ -208,7 +212,7 @@ def gradients(
     done = _library.keras_bn_gradients(
         x.ndim, nest, x.data_ptr(), TYPE[x.dtype], dy.data_ptr(), TYPE[dy.dtype], dx.data_ptr(),
         TYPE[x.dtype], None if gamma is None else gamma.data_ptr(), varies, x.numel() // cells,
-        together, is_centered, cells, found.numel() // 2, affine.data_ptr(), work.data_ptr(),
+        together, is_centered, cells, found.numel() // 2, affine.data_ptr(),
         found.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if done:
