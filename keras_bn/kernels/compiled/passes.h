@@ -189,6 +189,18 @@ INLINED int next_block(Block *block, int is_wanted) {
     return walk->left > 0;
 }
 
+/* Fetch the next block of x and dy from memory: in what order columns go through the rows of two
+   operands, a processor does not foresee. What is widened is read row by row. */
+INLINED void fetch_next(const Job *job, const Block *block, int64_t n) {
+    int is_wide = job->types[X] == FLOAT && job->types[DY] == FLOAT;
+    int is_there = block->walk.lines - block->line >= 2 * ROWS;
+    for (int o = X; o <= DY && job->is_past_caches && is_wide && is_there; o++) {
+        const float *next = (const float *)job->big[o] + block->at[o] + ROWS * block->apart[o];
+        for (int i = 0; i < ROWS; i++)
+            for (int64_t j = 0; j < n; j += LANES) __builtin_prefetch(next + i * block->apart[o] + j);
+    }
+}
+
 /* Go through the lines of a walk. */
 INLINED void lines_of_walk(Job *job, Walk walk, int part, Pass pass, int cell, int column,
                            int weight) {
@@ -196,6 +208,7 @@ INLINED void lines_of_walk(Job *job, Walk walk, int part, Pass pass, int cell, i
     int64_t n = nest->size[nest->rank - 1];
     int is_block = is_blocked(nest, pass, cell, weight);
     for (Block block = before(walk); next_block(&block, is_block);) {
+        if (pass == PRODUCTS && cell == MANY) fetch_next(job, &block, n);
         if (block.rows == ROWS)
             pieces_of(job, block.at, block.apart, ROWS, n, SHORT, part, pass, cell, column, weight);
         else pieces_of(job, block.at, block.apart, 1, n, LINE, part, pass, cell, column, weight);
