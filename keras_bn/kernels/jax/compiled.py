@@ -78,15 +78,22 @@ def normalize(
     """
     how = how_of(learned, plan)
     sums = _sums(how, x)
-    parts, kept = _filled(learned), _kept(plan.correct, sums)
-    if kept is None or not serves(x, *parts, *kept, dtype=plan.dtype):
+    kept = _kept(plan.correct, sums)
+    if kept is None or not serves(x, *learned.given, *kept, dtype=plan.dtype):
         return None
-    if not all(_is_taken(part, sums, how) for part in parts):
+    if not all(_is_taken(part, sums, how) for part in learned.given):
         return None
-    y, affine, rest = _normalized((plain, how), x, *parts, *kept)
-    count = x.size // math.prod(sums) * how.together
+    y, *found = _whole((plain, how), x, learned, kept)
+    return y, Moments(x.size // math.prod(sums) * how.together, *found)
+
+
+# Where nothing is traced, each operation would take longer than the passes do with a small input.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _whole(what: tuple[Any, How], x: Tensor, learned: Learned, kept: list[Tensor]) -> Any:
+    """Return y, pivots, offsets and m2."""
+    y, affine, rest = _normalized(what, x, *_filled(learned), *kept)
     affine, rest = jax.lax.stop_gradient((affine, rest))
-    return y, Moments(count, affine[0], rest[0], rest[1])
+    return y, affine[0], rest[0], rest[1]
 
 
 def _filled(learned: Learned) -> list[Tensor]:
