@@ -82,7 +82,7 @@ def degrees_of_freedom(count: Tensor) -> Tensor:
 
 def is_known(moments: Moments) -> Tensor:
     """Say for each set whether its moments may be kept: not empty, and finite."""
-    # Deviations from a mean that is not finite are not finite either; a NaN is less than nothing.
+    # Deviations from a mean that is not finite are not finite either; a NaN is not less.
     finite = moments.m2 < math.inf
     if is_static(moments.count):
         return finite if moments.count > 0 else ops.zeros_like(finite)

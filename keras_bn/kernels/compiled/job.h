@@ -119,8 +119,8 @@ static int prepare(Job *job, int rank, const int64_t *dims, int64_t cells, int64
     if (is_done && job->map) {
         int64_t all = WORKS * number * (is_apart ? job->parts : 1);
         job->work = (Work){malloc((size_t)all * sizeof(float)), number};
-        place(job, job->work.room, 0, number);
         is_done = job->work.room != NULL;
+        if (is_done) place(job, job->work.room, 0, number);
     }
     if (!is_done) release(job);
     return is_done;

@@ -149,7 +149,8 @@ INLINED int is_blocked(const Nest *nest, Pass pass, int cell, int weight) {
 
 /* Go through the pieces of lines, of up to `most` elements. */
 INLINED void pieces_of(Job *job, const int64_t *from, const int64_t *apart, int rows,
-                       int64_t length, int64_t most, int part, Pass pass, int cell, int column, int weight) {
+                       int64_t length, int64_t most, int part, Pass pass, int cell, int column,
+                       int weight) {
     int is_along[] = {1, 1, 1, weight == MANY, cell == MANY, column == MANY};
     int64_t at[OPERANDS];
     memcpy(at, from, sizeof at);
@@ -197,7 +198,8 @@ INLINED void fetch_next(const Job *job, const Block *block, int64_t n) {
     for (int o = X; o <= DY && job->is_past_caches && is_wide && is_there; o++) {
         const float *next = (const float *)job->big[o] + block->at[o] + ROWS * block->apart[o];
         for (int i = 0; i < ROWS; i++)
-            for (int64_t j = 0; j < n; j += LANES) __builtin_prefetch(next + i * block->apart[o] + j);
+            for (int64_t j = 0; j < n; j += LANES)
+                __builtin_prefetch(next + i * block->apart[o] + j);
     }
 }
 

@@ -21,7 +21,7 @@ Axes = tuple[int, ...]
 SPACE = torch.library.Library("keras_bn", "FRAGMENT")
 # Part of the operations' names: PyTorch keeps compiled code on disk, with the shapes that an
 # operation of that name had.
-_EDITION = hashlib.sha1(Path(__file__).read_bytes()).hexdigest()[:8]
+_EDITION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 _library: Any = library()
 # The dtypes that the passes take, as calls.h numbers them; none without a library.
 TYPE = {getattr(torch, name): number for name, number in TYPES.items() if _library is not None}
