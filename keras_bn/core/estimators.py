@@ -18,7 +18,7 @@ def moving_average(old: Tensor, new: Tensor, momentum: float) -> Tensor:
     """Return old·momentum + new·(1 - momentum); at momentum 0 that is the new value alone."""
     if is_static(momentum) and momentum == 0:
         return new
-    return native.lerp(old, new, 1.0 - momentum)
+    return old * momentum + new * (1.0 - momentum)
 
 
 def counted_momentum(count: Tensor, new: Tensor, momentum: float | None) -> tuple[Tensor, Tensor]:

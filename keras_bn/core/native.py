@@ -34,16 +34,6 @@ isfinite = _named("isfinite", "math.is_finite", "numpy.isfinite", "isfinite")
 reduce_any = _named("any", "reduce_any", "numpy.any", "any")
 reshape = _named("reshape", "reshape", "numpy.reshape", "reshape")
 copy = _named("copy", "identity", "numpy.copy", "clone")
-
-if _backend == "torch":
-    lerp = _own.lerp
-else:
-
-    def lerp(start: Any, end: Any, weight: Any) -> Any:
-        """Return start·(1 - weight) + end·weight."""
-        return start * (1.0 - weight) + end * weight
-
-
 stop_gradient = _named("stop_gradient", "stop_gradient", "lax.stop_gradient", "Tensor.detach")
 
 

@@ -175,8 +175,8 @@ FAULTS = {
     ),
     "momentum swapped": Fault(
         "core/estimators.py",
-        "return native.lerp(old, new, 1.0 - momentum)",
-        "return native.lerp(new, old, 1.0 - momentum)",
+        "return old * momentum + new * (1.0 - momentum)",
+        "return new * momentum + old * (1.0 - momentum)",
         FUZZ.format(5),
     ),
     "r upside down": Fault(
