@@ -101,15 +101,12 @@ def compare(found, x, dy, gamma, beta, axes, dtype):
     """Compare y, the variance and the gradients of x, gamma and beta with the reference."""
     y, variance, dx, d_gamma, d_beta = found
     x, dy = (np.asarray(part, "float64") for part in (x, dy))
+    compare_output(y, x, gamma, beta, axes, dtype)
     exact = reference.moments(x, axes)
     z = reference.normalize(x, axes, epsilon=hard.EPSILON)
     wanted = reference.gradients(x, dy, axes, gamma=gamma, epsilon=hard.EPSILON)
-    ulp = 0.51 * 2 * hard.unit_roundoff(dtype) if dtype != "float32" else 0.0
     bound = hard.variance_bound(exact, U)
     assert hard.share(variance - exact.variance, bound) <= 1
-    error, size = y - (gamma * z + beta), np.abs(gamma * z) + np.abs(beta)
-    bound = gamma * hard.output_bound(z, exact, U) + 4 * U * np.abs(beta) + ulp * size
-    assert hard.share(error, bound) <= 1
     s = np.sqrt(exact.variance + hard.EPSILON)
     bound = hard.gradient_bound(z, s, gamma * dy, axes, dtype)
     assert hard.share(dx - wanted[0], bound) <= 1
@@ -118,6 +115,16 @@ def compare(found, x, dy, gamma, beta, axes, dtype):
     for found, exactly, size in zip((d_gamma, d_beta), wanted[1:], sizes, strict=True):
         error = found - exactly.sum(shared, keepdims=True)
         assert hard.share(error, size.sum(shared, keepdims=True)) <= 1
+
+
+def compare_output(y, x, gamma, beta, axes, dtype):
+    """Compare y, in a dtype, with the reference."""
+    exact = reference.moments(x, axes)
+    z = reference.normalize(x, axes, epsilon=hard.EPSILON)
+    ulp = 0.51 * 2 * hard.unit_roundoff(dtype) if dtype != "float32" else 0.0
+    error, size = y - (gamma * z + beta), np.abs(gamma * z) + np.abs(beta)
+    bound = gamma * hard.output_bound(z, exact, U) + 4 * U * np.abs(beta) + ulp * size
+    assert hard.share(error, bound) <= 1
 
 
 def compare_weighted(moments, sizes, axes):

@@ -18,6 +18,7 @@ from tests.kernels.compiled_cases import (
     CASES,
     compare,
     compare_groups,
+    compare_output,
     compare_weighted,
     drawn,
     drawn_groups,
@@ -92,6 +93,18 @@ def test_normalization_and_its_gradients_are_right(shape, axes, varied, mean, th
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_rounded_once(shape, axes, varied, dtype):
     check(*drawn(shape, axes, varied, 0.5, dtype), axes, dtype=dtype)
+
+
+MIXED = [("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16")]
+
+
+@every_case
+@pytest.mark.parametrize(("given", "asked"), MIXED, ids=map("-".join, MIXED))
+def test_the_output_may_have_another_dtype(shape, axes, varied, given, asked):
+    x, _, *learned = drawn(shape, axes, varied, 0.5, given)
+    plan = Plan(Pooling(axes), hard.EPSILON, asked)
+    y, _, _ = passes.normalize(tensor(x), Learned(*map(tensor, learned)), plan)
+    compare_output(y.double().numpy(), x.astype("float64"), *learned, axes, asked)
 
 
 LAYOUTS = {

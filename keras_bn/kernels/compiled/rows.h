@@ -67,8 +67,8 @@ INLINED void normalize_lines(Job *job, const int64_t *from, const int64_t *apart
 INLINED void normalize_by_rows(Job *job, int64_t first, int64_t last, int is_centered, int column) {
     int64_t n = job->nest.size[job->nest.rank - 1];
     double share = 1 / job->count;
-    /* Wide lines go by themselves: so a processor reads the next while it writes this one. */
-    int is_block = (job->types[X] != FLOAT || job->types[Y] != FLOAT) && n <= SHORT;
+    /* Wide results go line by line: so a processor reads the next while it writes this one. */
+    int is_block = job->types[Y] != FLOAT && n <= SHORT;
     for (Block block = before(walk_of(&job->nest, first, last)); next_block(&block, is_block);) {
         if (block.rows == ROWS)
             normalize_lines(job, block.at, block.apart, ROWS, n, share, is_centered, column);
