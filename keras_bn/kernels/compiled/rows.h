@@ -44,8 +44,8 @@ INLINED void normalize_line(Job *job, const int64_t *at, const float *x, float *
     map_line(y, x, n, ONE, column, &found.center, &scale, &shift, gamma, beta);
 }
 
-/* Normalize lines one by one. What is widened and narrowed goes through that together, or each line
-   would wait for its own. */
+/* Normalize lines one by one. Several, of which the results are narrowed, are widened and narrowed
+   together, or each line would wait for its own. */
 INLINED void normalize_lines(Job *job, const int64_t *from, const int64_t *apart, int rows,
                              int64_t n, double share, int is_centered, int column) {
     float room[LINE];
