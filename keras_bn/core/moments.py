@@ -143,19 +143,19 @@ def merge(parts: Moments, total: Callable[[Tensor], Tensor], number: int | None 
     return Moments(count, pivot, offset, m2)
 
 
-def merge_equal(parts: Moments, number: int, find: Callable[..., Moments]) -> Moments:
+def merge_equal(parts: Moments, find: Callable[..., Moments]) -> Moments:
     """Merge the moments of disjoint sets of one size, along the first axis, exactly, as `merge`.
 
     With the moments of the means, n elements in each part: m2 = Σ m2_i + n·m2 of the means.
 
     Args:
-        parts: The moments of the parts, their count a Python number.
-        number: How many parts there are.
+        parts: The moments of the parts, their count a Python number, and how many there are known.
         find: Gives the moments of an array over axes, as `kernels.moments`.
 
     Returns:
         The merged moments, the first axis kept.
     """
+    number = parts.pivot.shape[0]
     first = native.stop_gradient(parts.pivot[:1])
     means = find((parts.pivot - first) + parts.offset, (0,))
     pivot = settled(first + means.pivot)

@@ -2,6 +2,7 @@
 
     moments(x, axes, weights) -> Moments    apply(x, affine, dtype) -> y
     normalize(x, pooling, ...) -> y, Moments: both, and the algebra between them
+    merged(sets) -> Moments: what `normalize` found of sets of one size, all together
     harmless(x, weights) -> x with 0 for what weighs 0 and is too large, or NaN, to become 0 by it
     length(v, kept) -> |v|    with_length(v, g, kept) -> g·v / |v|: the same for a layer's kernel
 
@@ -31,6 +32,7 @@ from keras_bn.kernels.active import (
     is_compiling,
     is_foreign,
     known_number,
+    merged,
     moments,
     normalize,
 )
@@ -46,6 +48,7 @@ __all__ = [
     "is_foreign",
     "known_number",
     "length",
+    "merged",
     "moments",
     "normalize",
     "with_length",

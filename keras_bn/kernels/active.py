@@ -14,7 +14,7 @@ from keras import ops
 
 from keras_bn.core.affine import Affine, Learned
 from keras_bn.core.estimators import Corrector
-from keras_bn.core.moments import Moments
+from keras_bn.core.moments import Moments, merge_equal
 from keras_bn.core.pooling import Pooling
 from keras_bn.kernels import generic, normalization
 from keras_bn.kernels.normalization import Plan
@@ -40,6 +40,18 @@ def moments(x: Tensor, axes: tuple[int, ...], weights: Tensor | None = None) -> 
     x = x if weights is None else harmless(x, weights)
     found: Moments = _kernel.moments(x, axes, weights)
     return found
+
+
+def merged(sets: Moments) -> Moments:
+    """Return the moments of sets of one size, along the first axis, all together.
+
+    They are those that `normalize` gives: no derivative goes through them. For the formula see
+    `core.moments.merge_equal`.
+    """
+    found = _kernel.merged(sets) if hasattr(_kernel, "merged") else None
+    if found is None:
+        return merge_equal(sets, moments)
+    return Moments(sets.pivot.shape[0] * sets.count, *found)
 
 
 def across(layer: str, axis_name: str | None, group: Any) -> Callable[[Moments], Moments] | None:

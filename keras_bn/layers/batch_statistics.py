@@ -12,7 +12,7 @@ from keras_bn.core import native
 from keras_bn.core.affine import Affine, compose
 from keras_bn.core.dtypes import statistics_dtype
 from keras_bn.core.estimators import Correction, moving_average
-from keras_bn.core.moments import Moments, is_known, is_static, merge, merge_equal
+from keras_bn.core.moments import Moments, is_known, is_static, merge
 from keras_bn.core.pooling import Ghosts, Pooling, ghosts_of, reduced_axes
 from keras_bn.layers.base import Normalization
 from keras_bn.layers.kept import kept_variable
@@ -142,9 +142,8 @@ class BatchStatistics(Normalization):
             )
             each = Moments(*(p if is_static(p) else p[0] for p in sets))
             y = ghosts.join(y)
-        number = ghosts.if_full(ghosts.number)
-        if number is not None and is_static(each.count):
-            return y, merge_equal(each, number, kernels.moments)
+        if ghosts.if_full(ghosts.number) is not None and is_static(each.count):
+            return y, kernels.merged(each)
         return y, merge(each, lambda array: ops.sum(array, axis=0, keepdims=True))
 
     def _split(self, x: Tensor, ghosts: Ghosts, pooling: Pooling) -> tuple[Tensor, Pooling]:

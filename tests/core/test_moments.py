@@ -97,13 +97,19 @@ def test_merged_parts_are_the_whole(sizes, weighted):
     assert share(found, reference.moments(x, (0,), weights)) <= 1
 
 
+def by_moments_of_means(sets: Moments) -> Moments:
+    return merge_equal(sets, kernels.moments)
+
+
+@pytest.mark.parametrize("merged", [by_moments_of_means, kernels.merged], ids=["core", "kernels"])
+@pytest.mark.parametrize("mode", [mode for mode in modes.MODES if "unknown" not in mode])
 @pytest.mark.parametrize("size", [1, 4, 60, 300, 600])
-def test_merged_parts_of_one_size_are_the_whole(size):
+def test_merged_parts_of_one_size_are_the_whole(size, mode, merged):
     x, weights = data()
-    number = ROWS // size
-    given = parts(x, weights, (size,) * number)._replace(count=size)
-    found = merge_equal(given, number, kernels.moments)
-    assert share(found, reference.moments(x, (0,))) <= 1
+    x = np.tile(x, 200)  # so that threads share the work
+    given = parts(x, weights, (size,) * (ROWS // size))
+    count, *together = modes.call(mode, lambda *sets: merged(Moments(size, *sets)), given[1:])
+    assert share(Moments(int(count), *together), reference.moments(x, (0,))) <= 1
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])

@@ -8,6 +8,7 @@ import pytest
 
 from keras_bn.core.affine import Learned
 from keras_bn.core.estimators import Correction, Limits
+from keras_bn.core.moments import Moments
 from keras_bn.core.pooling import Pooling
 from keras_bn.kernels.compiled import library, numbers
 from tests.kernels import hard
@@ -84,6 +85,21 @@ def test_groups_are_merged_as_the_core_merges_them(axis):
     compare_groups(jax.jit(lambda x: kernels.normalize(x, *given)[0])(x), x, axis)
 
 
+def test_sets_are_merged_within_transforms_too():
+    rng = np.random.default_rng(0)
+    many = [jnp.asarray(rng.uniform(1, 2, (3, 60, 7)), "float32") for _ in range(3)]
+
+    def merged(*parts):
+        return kernels.merged(Moments(4, *parts))[1:]
+
+    each = jax.jit(merged)
+    assert CALL.findall(each.lower(*(part[0] for part in many)).as_text()) == ["merge"]
+    for i, found in enumerate(zip(*jax.vmap(merged)(*many), strict=True)):
+        for own, wanted in zip(found, each(*(part[i] for part in many)), strict=True):
+            assert np.allclose(own, wanted, rtol=1e-5, atol=1e-6)
+    assert not any(part.any() for part in jax.jvp(merged, many, many)[1])
+
+
 @pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)], ids=str)
 @every_weight
 def test_weights_count_and_what_lies_under_a_0_does_not(axes, sizes):
@@ -110,6 +126,7 @@ DERIVATIVES = {
 LAYERS = {
     "batch": (keras_bn.BatchNormalization, {}, {"training": True}),
     "renormalization": (keras_bn.BatchRenormalization, {}, {"training": True}),
+    "ghosts": (keras_bn.BatchNormalization, {"virtual_batch_size": 2}, {"training": True}),
     "groups": (keras_bn.GroupNormalization, {"groups": 4}, {}),
     "layer": (keras_bn.LayerNormalization, {}, {}),
     "root mean square": (keras_bn.RMSNormalization, {}, {}),

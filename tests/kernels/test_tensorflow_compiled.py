@@ -108,6 +108,15 @@ def test_groups_are_merged_as_the_core_merges_them(axis, xla):
 
 
 @every_way
+def test_ghosts_are_merged_in_one_pass(xla):
+    layer = keras_bn.BatchNormalization(virtual_batch_size=2)
+    layer.build((6, 5, 16))
+    step, x = gradients_of(layer, {"training": True}), np.zeros((6, 5, 16), "float32")
+    graph, _ = traced(step, x, xla=xla, unknown=False)
+    assert operations(graph) == {"normalize", "merge", "gradients"}
+
+
+@every_way
 @pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)], ids=str)
 @every_weight
 def test_weights_count_and_what_lies_under_a_0_does_not(axes, sizes, xla):

@@ -61,6 +61,7 @@ _ARGUMENTS = {
         *[_DATA] * 2,
         _INT,
     ],
+    "merge": [*[_DATA] * 3, _LONG, _LONG, _REAL, _DATA, _INT],
 }
 
 
@@ -98,7 +99,7 @@ def cores() -> int:
 def xla_calls() -> dict[str, Any]:
     """Return the passes as custom calls of XLA, by name; none where there is no library."""
     loaded = library()
-    names = ("moments", "products", "map", "combined", "normalize", "gradients")
+    names = ("moments", "merge", "products", "map", "combined", "normalize", "gradients")
     return {f"keras_bn_{name}": getattr(loaded, f"keras_bn_xla_{name}") for name in names if loaded}
 
 
@@ -125,7 +126,7 @@ def numbers(
 
     Args:
         axes: Summed over.
-        together: How many neighbouring cells make a set.
+        together: How many neighbouring cells make a set; of a merge, how many elements do.
         is_centered: Whether moments are about the mean.
         is_given: Whether gamma is, or the weights are.
         varies: Whether gamma varies within a set.

@@ -72,4 +72,9 @@ int keras_bn_gradients(int rank, const int64_t *dims, char *x, int type, char *d
                        int64_t together, int is_centered, int64_t cells, int64_t columns,
                        float *affine, float *d_learned, int threads);
 
+/* The moments of sets of `count` elements each, together: of each column, a number of sets, one in
+   each row. Pivots, offsets and m2 into out. */
+int keras_bn_merge(const float *center, const float *offset, const float *m2, int64_t number,
+                   int64_t columns, double count, float *out, int threads);
+
 #endif

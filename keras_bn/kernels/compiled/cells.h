@@ -24,14 +24,15 @@ typedef struct {
 } Found;
 
 /* 12 of 53 bits may go; but what is lost of a count in float32 is lost here, too. */
-enum { LOST = 1 << 12, INEXACT = 8 };
+enum { EXACT = 1 << 12, INEXACT = 8 };
 
 /* Return the moments of a cell from its sums about a pivot. */
 INLINED Found found_of(double first, double second, double share, double pivot, double most,
                        int is_centered) {
     double distance = is_centered ? first * share : 0, lost = first * distance;
     double rest = second - lost, mean = pivot + distance;
-    float m2 = rest < 0 ? 0 : (float)rest; /* a NaN stays one */
+    float m2 = (float)rest;
+    m2 = m2 < 0 ? 0 : m2; /* a NaN stays one; first narrowed, or it would be a branch */
     return (Found){(float)mean, (float)(mean - (float)mean), m2, lost > most * rest};
 }
 
@@ -48,7 +49,7 @@ INLINED void moments_of(Job *job, int64_t from, int64_t to, int is_counted, int 
     int64_t far = 0;
     for (int64_t i = from; i < to; i++) {
         double share = !is_counted ? same : 1 / (double)(counts[i] > 0 ? counts[i] : 1);
-        double most = is_counted && !is_exact(counts[i]) ? INEXACT : LOST;
+        double most = is_counted && !is_exact(counts[i]) ? INEXACT : EXACT;
         Found found = found_of(first[i], second[i], share, center[i], most, is_centered);
         center[i] = found.center, offset[i] = found.offset, m2[i] = found.m2;
         far += found.is_far;
@@ -84,26 +85,38 @@ static void merge(Job *job, int64_t from, int64_t to) {
 /* Say whether gamma and beta belong to cells. */
 static int is_composed(const Job *job) { return job->gamma && !job->varies; }
 
-/* Return how many cells there are until their columns begin again. */
-static int64_t cells_to_wrap(const Job *job, int64_t i, int64_t to) {
-    int64_t ahead = job->columns.number - i % job->columns.number;
+/* Return how many cells there are until so many columns begin again. */
+static int64_t cells_to_wrap(int64_t columns, int64_t i, int64_t to) {
+    int64_t ahead = columns - i % columns;
     return ahead < to - i ? ahead : to - i;
 }
 
-/* Correct the maps towards what is kept, r and d within their limits; a NaN stays one. */
-static void correct(Job *job, int64_t from, int64_t to) {
-    double least = job->limits[0], most = job->limits[1], farthest = job->limits[2];
-    double count = job->count * job->together;
-    for (int64_t i = from; i < to; i++) {
-        double mean = job->kept[i % job->kept_columns];
-        double stddev = job->kept[job->kept_columns + i % job->kept_columns];
-        double r = sqrt(job->m2[i] / count + job->epsilon) / stddev;
-        double d = (job->center[i] - mean + job->offset[i]) / stddev;
+/* Correct maps, each towards a mean and a standard deviation, r and d within their limits; a NaN
+   stays one. */
+INLINED void correct_line(float *restrict slope, float *restrict level, float *restrict all_r,
+                          float *restrict all_d, int64_t n, const float *restrict center,
+                          const float *restrict offset, const float *restrict m2,
+                          const float *restrict mean, const float *restrict stddev,
+                          const double *restrict limits, double share, double epsilon) {
+    double least = limits[0], most = limits[1], farthest = limits[2];
+    for (int64_t j = 0; j < n; j++) {
+        double r = sqrt(m2[j] * share + epsilon) / stddev[j];
+        double d = (center[j] - (double)mean[j] + offset[j]) / stddev[j];
         r = r < least ? least : r > most ? most : r;
         d = d < -farthest ? -farthest : d > farthest ? farthest : d;
-        job->r[i] = (float)r, job->d[i] = (float)d;
-        job->slope[i] *= job->r[i];
-        job->level[i] = job->level[i] * job->r[i] + job->d[i];
+        all_r[j] = (float)r, all_d[j] = (float)d;
+        slope[j] *= (float)r, level[j] = level[j] * (float)r + (float)d;
+    }
+}
+
+INLINED void correct(Job *job, int64_t from, int64_t to) {
+    double share = 1 / (job->count * job->together);
+    for (int64_t i = from, n; i < to; i += n) {
+        const float *mean = job->kept + i % job->kept_columns;
+        n = cells_to_wrap(job->kept_columns, i, to);
+        correct_line(job->slope + i, job->level + i, job->r + i, job->d + i, n, job->center + i,
+                     job->offset + i, job->m2 + i, mean, mean + job->kept_columns, job->limits,
+                     share, job->epsilon);
     }
 }
 
@@ -124,7 +137,7 @@ FOR_EACH_CPU static void finish_map(Job *job, int64_t from, int64_t to, int part
     for (int64_t i = from, n; is_composed(job) && i < to; i += n) {
         const float *gamma = job->gamma + i % job->columns.number;
         const float *beta = job->beta + i % job->columns.number;
-        n = cells_to_wrap(job, i, to);
+        n = cells_to_wrap(job->columns.number, i, to);
         for (int64_t j = 0; j < n; j++) {
             job->slope[i + j] *= gamma[j];
             job->level[i + j] = job->level[i + j] * gamma[j] + beta[j];
@@ -142,17 +155,17 @@ static void finish_sums(Job *job, int64_t from, int64_t to, int part) {
 
 /* Turn Σ dy and Σ dy·(x - center) into Σ dy·z, and both into Σ g·dy and Σ g·dy·z. */
 static void weigh(Job *job, int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; i++) {
-        job->factor[i] = job->scale[i];
-        if (!job->varies)
-            job->slope[i] = job->slope[i] * job->scale[i] + job->level[i] * job->shift[i];
-    }
+    const float *restrict scale = job->scale, *restrict shift = job->shift;
+    float *restrict slope = job->slope, *restrict level = job->level;
+    float *restrict factor = job->factor;
+    memcpy(factor + from, scale + from, (size_t)(to - from) * sizeof(float));
+    for (int64_t i = from; !job->varies && i < to; i++)
+        slope[i] = slope[i] * scale[i] + level[i] * shift[i];
     for (int64_t i = from, n; is_composed(job) && i < to; i += n) {
         const float *gamma = job->gamma + i % job->columns.number;
-        n = cells_to_wrap(job, i, to);
+        n = cells_to_wrap(job->columns.number, i, to);
         for (int64_t j = 0; j < n; j++)
-            job->level[i + j] *= gamma[j], job->slope[i + j] *= gamma[j],
-                job->factor[i + j] *= gamma[j];
+            level[i + j] *= gamma[j], slope[i + j] *= gamma[j], factor[i + j] *= gamma[j];
     }
 }
 
@@ -192,7 +205,7 @@ static void add_to_columns(Job *job, int64_t from, int64_t to, int64_t lowest, i
     double *seconds = firsts + job->columns.number;
     for (int64_t i = from, n; i < to; i += n) {
         int64_t column = i % job->columns.number;
-        n = cells_to_wrap(job, i, to);
+        n = cells_to_wrap(job->columns.number, i, to);
         int64_t low = lowest > column ? lowest - column : 0;
         int64_t high = highest - column < n ? highest - column : n;
         for (int64_t j = low; j < high; j++) {

@@ -8,6 +8,7 @@
    already (`keras_bn_threads`), so that its pool is shared, or our own. */
 
 #include "calls.h"
+#include "merging.h"
 #include "stages.h"
 
 int keras_bn_reads_half(void) {
@@ -111,5 +112,19 @@ int keras_bn_gradients(int rank, const int64_t *dims, char *x, int type, char *d
     run(&job);
     write_columns(&job, d_learned);
     release(&job);
+    return 1;
+}
+
+int keras_bn_merge(const float *center, const float *offset, const float *m2, int64_t number,
+                   int64_t columns, double count, float *out, int threads) {
+    int wanted = number * columns < (start ? SMALL : MODERATE) ? 1 : threads;
+    int parts = number < 1 ? 1 : number < wanted ? (int)number : wanted;
+    Sets sets = {center, offset, m2, number, columns, NULL, parts};
+    sets.sums = calloc((size_t)(3 * columns * parts + 1), sizeof(double));
+    if (!sets.sums) return 0;
+    in_parts(add_sets, &sets, parts, parts);
+    if (number) write_merged(&sets, count, out);
+    else memset(out, 0, (size_t)(3 * columns) * sizeof(float));
+    free(sets.sums);
     return 1;
 }

@@ -190,17 +190,20 @@ INLINED int next_block(Block *block, int is_wanted) {
     return walk->left > 0;
 }
 
-/* Fetch the next block of x and dy from memory: in what order columns go through the rows of two
-   operands, a processor does not foresee. What is widened is read row by row. */
-INLINED void fetch_next(const Job *job, const Block *block, int64_t n) {
+/* Fetch n elements of x and dy, from `ahead` lines after a place, before they are read. What is
+   widened is read as it lies in memory, which a processor foresees. */
+INLINED void fetch(const Job *job, const int64_t *at, const int64_t *apart, int ahead, int64_t n) {
     int is_wide = job->types[X] == FLOAT && job->types[DY] == FLOAT;
+    for (int o = X; o <= DY && job->is_past_caches && is_wide; o++)
+        for (int64_t j = 0; j < n; j += LANES)
+            __builtin_prefetch((const float *)job->big[o] + at[o] + ahead * apart[o] + j);
+}
+
+/* Fetch the next block: in what order columns go through its rows, a processor does not foresee. */
+INLINED void fetch_next(const Job *job, const Block *block, int64_t n) {
     int is_there = block->walk.lines - block->line >= 2 * ROWS;
-    for (int o = X; o <= DY && job->is_past_caches && is_wide && is_there; o++) {
-        const float *next = (const float *)job->big[o] + block->at[o] + ROWS * block->apart[o];
-        for (int i = 0; i < ROWS; i++)
-            for (int64_t j = 0; j < n; j += LANES)
-                __builtin_prefetch(next + i * block->apart[o] + j);
-    }
+    for (int i = 0; i < ROWS && is_there; i++)
+        fetch(job, block->at, block->apart, ROWS + i, n);
 }
 
 /* Go through the lines of a walk. */

@@ -34,7 +34,7 @@ INLINED void normalize_line(Job *job, const int64_t *at, const float *x, float *
         float pivot = found.center;
         Ends ends = is_centered ? moments_line(x, n, ABSENT, 0, &pivot) : squares_line(x, n);
         found = found_of(sum_of(ends.first) + ends.c, sum_of(ends.second) + ends.d, share, pivot,
-                         LOST, is_centered);
+                         EXACT, is_centered);
     }
     float scale = scale_of(found.m2, share, job->epsilon), shift = -found.offset * scale;
     job->center[i] = found.center, job->offset[i] = found.offset, job->m2[i] = found.m2;
@@ -77,8 +77,10 @@ INLINED void normalize_by_rows(Job *job, int64_t first, int64_t last, int is_cen
 }
 
 /* Sum several lines, which have the sums for themselves, and map them. */
-INLINED void differentiate_lines(Job *job, const int64_t *at, const int64_t *apart, int rows,
+INLINED void differentiate_lines(Job *job, const int64_t *start, const int64_t *apart, int rows,
                                  int64_t length, int64_t most, int part, Pass sum, int column) {
+    int64_t at[OPERANDS];
+    memcpy(at, start, sizeof at);
     double sums[2 * ROWS] = {0};
     float work[WORKS * ROWS];
     int64_t from = at[CELL], to = from + rows;
@@ -87,7 +89,12 @@ INLINED void differentiate_lines(Job *job, const int64_t *at, const int64_t *apa
     pieces_of(job, at, apart, rows, length, most, part, sum, ONE, column, ABSENT);
     job->finish(job, from, to, part);
     if (sum == PRODUCTS) add_to_columns(job, from, to, 0, job->columns.number, part);
-    pieces_of(job, at, apart, rows, length, most, part, COMBINED, ONE, column, ABSENT);
+    for (int i = 0; i < rows; i++) {
+        /* What is read from the cache leaves time to fetch the line of the next block. */
+        if (rows == ROWS) fetch(job, at, apart, ROWS, length);
+        pieces_of(job, at, apart, 1, length, most, part, COMBINED, ONE, column, ABSENT);
+        for (int o = 0; o < OPERANDS; o++) at[o] += apart[o];
+    }
 }
 
 INLINED void differentiate_by_rows(Job *job, int64_t first, int64_t last, int part, Pass sum,

@@ -257,6 +257,24 @@ static void moments(void *kernel, TF_OpKernelContext *context) {
     finish(&call, is_done);
 }
 
+/* Of sets of so many elements, along the first axis. */
+static void merge(void *kernel, TF_OpKernelContext *context) {
+    const Options *options = kernel;
+    Call call = call_of(context);
+    int is_done = 0;
+    if (!TF_GetCode(call.status)) {
+        TF_Tensor *sets = call.inputs[0];
+        Shape shape = shape_with(options, sets, NULL, NULL, NULL);
+        float *found = parts_of(context, 0, 3, shape.sums, shape.rank, shape.cells,
+                                &call.outputs[0], call.status);
+        if (found)
+            is_done = keras_bn_merge(TF_TensorData(sets), data_of(&call, 1), data_of(&call, 2),
+                                     TF_Dim(sets, 0), shape.cells, (double)options->together,
+                                     found, (int)options->threads);
+    }
+    finish(&call, is_done);
+}
+
 static void products(void *kernel, TF_OpKernelContext *context) {
     const Options *options = kernel;
     Call call = call_of(context);
@@ -356,6 +374,7 @@ __attribute__((constructor)) static void declare_all(void) {
     const char *const normalized[] = {"y: U", "affine: float", "rest: float", NULL};
     const char *const slopes[] = {"dx: T", "d_learned: float", NULL};
     declare("KerasBnMoments", sums, 0, moments, infer_nothing);
+    declare("KerasBnMerge", sums, 0, merge, infer_nothing);
     declare("KerasBnProducts", sums, 1, products, infer_nothing);
     declare("KerasBnMap", y, 0, map_by_cells, infer);
     declare("KerasBnCombined", dx, 1, combined, infer);

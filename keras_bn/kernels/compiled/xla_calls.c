@@ -186,6 +186,15 @@ static int moments(const Frame *frame) {
                             result(frame, 0), (int)call.is.threads);
 }
 
+/* Pivots, offsets and m2 of sets of so many elements, along the first axis; of all together. */
+static int merge(const Frame *frame) {
+    const Buffer *sets = frame->operands.buffers[0];
+    const Numbers *is = attribute(frame, "numbers");
+    int64_t number = sets->dims[0], columns = number ? elements_of(sets) / number : 0;
+    return keras_bn_merge(operand(frame, 0), operand(frame, 1), operand(frame, 2), number, columns,
+                          (double)is->together, result(frame, 0), (int)is->threads);
+}
+
 /* x, dy and centers; Σ dy and Σ dy·(x - center). */
 static int products(const Frame *frame) {
     Call call = call_of(frame, 2, 0, 0);
@@ -266,6 +275,7 @@ static Error *called(Frame *frame, int (*body)(const Frame *)) {
 }
 
 Error *keras_bn_xla_moments(Frame *frame) { return called(frame, moments); }
+Error *keras_bn_xla_merge(Frame *frame) { return called(frame, merge); }
 Error *keras_bn_xla_products(Frame *frame) { return called(frame, products); }
 Error *keras_bn_xla_map(Frame *frame) { return called(frame, map_by_cells); }
 Error *keras_bn_xla_combined(Frame *frame) { return called(frame, combined); }
@@ -279,6 +289,7 @@ void keras_bn_register_calls(void) {
         const char *name;
         Error *(*handler)(Frame *);
     } calls[] = {{"keras_bn_moments", keras_bn_xla_moments},
+                 {"keras_bn_merge", keras_bn_xla_merge},
                  {"keras_bn_products", keras_bn_xla_products},
                  {"keras_bn_map", keras_bn_xla_map},
                  {"keras_bn_combined", keras_bn_xla_combined},

@@ -65,6 +65,21 @@ def moments(plain: Callable[..., Tensor], x: Tensor, axes: Axes, *counted: Tenso
     return found
 
 
+def merged(plain: Callable[..., Tensor], sets: Moments) -> Tensor | None:
+    """Return pivot, offset and m2 of sets of one size along the first axis, all together.
+
+    Args:
+        plain: The same in plain JAX.
+        sets: Their moments.
+    """
+    parts = jax.lax.stop_gradient(sets[1:])
+    if not serves(*parts) or any(part.dtype != jnp.float32 for part in parts):
+        return None
+    found: Tensor
+    (found,) = _merge.bind(*parts, plain=plain, how=How((0,), together=sets.count))
+    return found
+
+
 def normalize(
     plain: Callable[..., Any], x: Tensor, learned: Learned, plan: Plan
 ) -> tuple[Tensor, Moments] | None:
@@ -162,6 +177,10 @@ def _plain_moments(plain: Any, how: How, *inputs: Tensor) -> Any:
     return (plain(how.axes, *inputs),)
 
 
+def _plain_merge(plain: Any, how: How, *sets: Any) -> Any:
+    return (plain(Moments(how.together, *sets)),)
+
+
 def _plain_normalize(plain: Any, how: How, *inputs: Tensor) -> Any:
     return plain(how, *inputs)
 
@@ -212,6 +231,12 @@ _moments = operation(
     _plain_moments,
     lambda how, x, *_: [((3, *_sums(how, x)), jnp.float32)],
     _call_moments,
+)
+_merge = operation(
+    "merge",
+    _plain_merge,
+    lambda how, x, *_: [((3, *_sums(how, x)), jnp.float32)],
+    lambda how, *_: _call(how),
 )
 _normalize = operation(
     "normalize",

@@ -19,7 +19,15 @@ Sizes = tuple[int | None, ...]
 Type = tuple[str, Sizes]
 
 # How many inputs a call has without gamma, beta or weights.
-_LEAST = {"moments": 1, "products": 3, "map": 4, "combined": 6, "normalize": 1, "gradients": 3}
+_LEAST = {
+    "moments": 1,
+    "merge": 3,
+    "products": 3,
+    "map": 4,
+    "combined": 6,
+    "normalize": 1,
+    "gradients": 3,
+}
 _NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 # Of what XlaCallModule takes; from here on it fills in shapes where it is asked to.
 _VERSION = 9

@@ -177,6 +177,18 @@ def _moments(how: How, x: Tensor, *counted: Tensor) -> Tensor:
     return _call("moments", [x], [*counted], results, axes=how.axes)[0]
 
 
+def merged(sets: Moments) -> list[Tensor] | None:
+    """Return pivot, offset and m2 of sets of one size along the first axis, all together."""
+    parts = _alike(sets.pivot, *sets[1:])
+    if parts is None or is_for_export() or not _serves(sets.pivot):
+        return None
+    results = [("float32", [3, *_sums(sets.pivot, (0,))])]
+    # No derivative goes through the moments of a whole normalization.
+    parts = [tf.stop_gradient(part) for part in parts]
+    options = {"axes": (0,), "together": sets.count}
+    return list(tf.unstack(*_call("merge", parts[:1], parts[1:], results, **options)))
+
+
 def products(x: Tensor, dy: Tensor, center: Tensor, axes: Axes) -> list[Tensor] | None:
     """Return Σ dy and Σ dy·(x - center)."""
     sums = _sums(x, axes)

@@ -3,7 +3,7 @@
 import torch
 
 from keras_bn.kernels.steps import Kernel
-from keras_bn.kernels.torch import passes
+from keras_bn.kernels.torch import compiled, passes
 from keras_bn.kernels.torch.autograd import run
 from keras_bn.kernels.torch.tracing import is_memory, is_transformed, takes_operations
 from keras_bn.types import Tensor
@@ -14,11 +14,12 @@ __all__ = [
     "hold",
     "is_compiling",
     "known_number",
+    "merged",
     "moments",
     "normalize",
 ]
 
-harmless = passes.harmless
+harmless, merged = passes.harmless, compiled.merged
 is_compiling = torch.compiler.is_compiling
 _kernel = Kernel(passes, run)
 moments, apply, normalize = _kernel.moments, _kernel.apply, _kernel.normalize

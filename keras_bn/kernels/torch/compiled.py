@@ -11,7 +11,7 @@ from keras_bn.kernels.compiled import RANK, are_in_turn, corrected
 from keras_bn.kernels.normalization import Plan, Whole, varies
 from keras_bn.kernels.torch import operations
 from keras_bn.kernels.torch.operations import TYPE, sums_of
-from keras_bn.kernels.torch.tracing import is_memory, takes_operations
+from keras_bn.kernels.torch.tracing import is_memory, is_transformed, takes_operations
 from keras_bn.types import Tensor
 
 Axes = tuple[int, ...]
@@ -24,6 +24,15 @@ def serves(x: Tensor) -> bool:
 
 def _is_known(x: Tensor) -> bool:
     return x.dtype in TYPE and x.ndim <= RANK and x.numel() > 0
+
+
+def _made_by(function: Any, x: Tensor) -> Any:
+    """Return a pass as a function, in compiled code as an operation; None for neither."""
+    if not _is_known(x):
+        return None
+    if is_memory(x):
+        return function
+    return function.operation if x.is_cpu and takes_operations() else None
 
 
 def moments(
@@ -102,24 +111,30 @@ def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments,
     """Return y, the moments, and the map of each cell, which the gradient needs."""
     axes, together = plan.pooling.axes, plan.pooling.together or 1
     dtype, sums = getattr(torch, plan.dtype), sums_of(x, axes)
-    is_eager = is_memory(x)
-    is_there = is_eager or (x.is_cpu and takes_operations())
-    if not is_there or not _is_known(x) or dtype not in TYPE:
+    make = _made_by(operations.normalize, x)
+    if make is None or dtype not in TYPE:
         return None
     columns, kept = _columns(learned, sums, axes), _kept(plan, sums)
     if columns is None or kept is None:
         return None
-    make = operations.normalize if is_eager else operations.normalize.operation
     y, affine, rest = make(
         x, *columns.parts, *kept, axes, columns.varies, together, plan.epsilon,
         plan.pooling.is_centered, x.requires_grad, dtype,
     )  # fmt: skip
-    if not is_eager:
+    if make is not operations.normalize:
         # Keras sets a mask on it, which torch 2.13 forbids on one of several results.
         y = y.view_as(y)
     size = math.prod([x.shape[axis] for axis in axes])
     correction = () if kept.values is None else (rest[2], rest[3])
     return y, Moments(size * together, affine[0], rest[0], rest[1]), Whole(affine, *correction)
+
+
+def merged(sets: Moments) -> list[Tensor] | None:
+    """Return pivot, offset and m2 of sets of one size along the first axis, all together."""
+    make, parts = _made_by(operations.merged, sets.pivot), _dense(*sets[1:])
+    if make is None or parts is None or is_transformed(*parts):
+        return None
+    return list(make(*[part.detach() for part in parts], sets.count).unbind())
 
 
 def gradients(

@@ -137,6 +137,23 @@ def _operation(shapes: Callable[..., Any]) -> Callable[..., Any]:
     return made
 
 
+def _empty_merged(center: Tensor, *others: Any) -> Tensor:
+    return center.new_empty((3, 1, *center.shape[1:]))
+
+
+@_operation(_empty_merged)
+def merged(center: Tensor, offset: Tensor, m2: Tensor, count: int) -> Tensor:
+    """Return pivots, offsets and m2 of sets of a number of elements, in rows, all together."""
+    out = _empty_merged(center)
+    done = _library.keras_bn_merge(
+        *_addresses(center, offset, m2), center.shape[0], out.numel() // 3, count, out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if not done:
+        raise MemoryError
+    return out
+
+
 def _empty_whole(
     x: Tensor, gamma: Any, beta: Any, kept: Any, limits: Any, axes: Any, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
