@@ -209,8 +209,7 @@ class BatchStatistics(Normalization):
     def _moving(self, dtype: str) -> tuple[Tensor, Tensor]:
         """Return moving mean and moving variance, to go with the input."""
         mean, variance = (self._spread(v, dtype) for v in (self.moving_mean, self.moving_variance))
-        # A copy: in PyTorch it would be a view, saved for the gradient, of what a later call moves.
-        return native.copy(mean), variance
+        return native.snapshot(mean), variance  # the mean is saved for the gradient
 
     def _stddev(self, variance: Tensor) -> Tensor:
         return native.sqrt(variance + self.epsilon)

@@ -28,6 +28,17 @@ Axes = tuple[int, ...]
 # Dtype and shape.
 Type = tuple[str, Any]
 
+# Said, not left out: eager TensorFlow 2.21 takes several times as long to find a default itself.
+_DEFAULTS = {
+    "U": tf.float32,
+    "axes": [],
+    "together": 1,
+    "epsilon": 0.0,
+    "is_centered": True,
+    "varies": False,
+    "is_corrected": False,
+}
+
 
 @cache
 def _operations() -> Any:
@@ -79,9 +90,12 @@ def _call(
     if is_for_xla():
         options |= {"is_training": is_for_gradients(), "threads": _threads()}
         return calls.call(name, [*big, *others], results, **options)
-    dtype = {"U": results[0][0]} if len(big) == 1 else {}
-    operation = getattr(_operations(), f"keras_bn_{name}")
-    found = operation(*big, others, threads=_threads(), **dtype, **options)
+    options = _DEFAULTS | options | {"threads": _threads()}
+    if len(big) == 1:
+        options["U"] = tf.as_dtype(results[0][0])
+    else:
+        del options["U"]  # that of dy
+    found = getattr(_operations(), f"keras_bn_{name}")(*big, others, **options)
     found = [found] if len(results) == 1 else list(found)
     for part, (_, shape) in zip(found, results, strict=True):
         part.set_shape(shape)
@@ -115,9 +129,10 @@ def normalize(
         return None
     how, given = how_of(learned, plan), [x, *parts, *kept]
     y, affine, rest = _either(plain, _normalized, how, *given)
+    # An index takes eager TensorFlow 2.21 several times as long.
+    (center, *_), (offset, m2, *correction) = tf.unstack(affine), tf.unstack(rest)
     count = number(x, how.axes) * how.together
-    correction = (rest[2], rest[3]) if kept else ()
-    return y, Moments(count, affine[0], rest[0], rest[1]), Whole(affine, *correction)
+    return y, Moments(count, center, offset, m2), Whole(affine, *correction)
 
 
 def _normalized(how: How, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
@@ -144,7 +159,8 @@ def gradients(
         [(x.dtype.name, x.shape), ("float32", [2, *columns])],
         **_options(how_of(learned, plan)),
     )
-    pairs = zip((found[1], found[0]), learned, strict=True)
+    d_beta, d_gamma = tf.unstack(found)
+    pairs = zip((d_gamma, d_beta), learned, strict=True)
     return dx, *(gradient for gradient, part in pairs if part is not None)
 
 
@@ -237,6 +253,7 @@ def _alike(x: Tensor, *parts: Tensor | None) -> list[Tensor] | None:
     return [tf.zeros_like(given[0]) if part is None else part for part in parts]
 
 
+@cache  # TensorFlow lets nobody change it once there are tensors
 def _threads() -> int:
     threads: int = tf.config.threading.get_intra_op_parallelism_threads()
     return threads or cores()
