@@ -281,39 +281,77 @@ INLINED Ends mapped_products_line(const float *restrict x, const float *restrict
 }
 
 /* Sums over the rows of a block, one for each of n columns: so they stay in registers from row to
-   row. `term(i, a, b)` adds what is in row i and column j. */
-#define ALONG_ROWS(rows, n, first, second, term)                                          \
-    for (int64_t j = 0; j < (n); j++) {                                                   \
-        double c = 0, d = 0;                                                              \
-        for (int some = 0; some < (rows); some += FEW) {                                  \
-            float a = 0, b = 0;                                                           \
-            for (int i = some; i < some + ((rows) < FEW ? 1 : FEW); i++) term(i, a, b);   \
-            c += a, d += b;                                                               \
-        }                                                                                 \
-        first[j] += c, second[j] += d;                                                    \
+   row. In what order columns go through the rows, a processor does not foresee: what takes the place
+   of some of them in the next block is fetched ahead. */
+
+/* Fetch as much of the next block as some columns from j on have, in the order of memory where its
+   rows are without gaps. */
+INLINED void fetch_next(const float *block, int64_t step, int rows, int64_t n, int64_t j) {
+    int is_dense = step == n;
+    const float *next = block + rows * step + (is_dense ? j * rows : j);
+    for (int i = 0; i < rows; i++) __builtin_prefetch(next + i * (is_dense ? LANES : step));
+}
+
+/* `fetch(j)` goes before so many columns; `column(j)` is one. */
+#define BY_COLUMNS(n, fetch, column)                                                      \
+    int64_t start = 0;                                                                    \
+    for (; start + LANES <= (n); start += LANES) {                                        \
+        fetch(start);                                                                     \
+        for (int64_t j = start; j < start + LANES; j++) column(j);                        \
+    }                                                                                     \
+    for (int64_t j = start; j < (n); j++) column(j);
+
+/* `term(i, a, b)` adds what is in row i of a column. */
+#define ALONG_ROWS(rows, first, second, term)                                             \
+    double c = 0, d = 0;                                                                  \
+    for (int some = 0; some < (rows); some += FEW) {                                      \
+        float a = 0, b = 0;                                                               \
+        for (int i = some; i < some + ((rows) < FEW ? 1 : FEW); i++) term(i, a, b);       \
+        c += a, d += b;                                                                   \
+    }                                                                                     \
+    *(first) += c, *(second) += d;
+
+INLINED void moments_column(const float *x, int64_t step, int rows, int weight, double own,
+                            double origin, double *first, double *second) {
+    double a = 0, b = 0;
+    for (int i = 0; i < rows; i++) {
+        double deviation = x[i * step] - origin;
+        deviation = weight && own == 0 ? 0 : deviation;
+        a += own * deviation, b += own * deviation * deviation;
     }
+    *first += a, *second += b;
+}
 
 INLINED void moments_block(const float *restrict x, int64_t step, int rows, int64_t n, int weight,
                            const float *restrict w, const float *restrict pivot,
-                           double *restrict first, double *restrict second) {
-    for (int64_t j = 0; j < n; j++) {
-        double a = 0, b = 0;
-        for (int i = 0; i < rows; i++) {
-            double own = weight ? OF(w, weight) : 1, deviation = x[i * step + j] - (double)pivot[j];
-            deviation = own != 0 ? deviation : 0;
-            a += own * deviation, b += own * deviation * deviation;
-        }
-        first[j] += a, second[j] += b;
-    }
+                           double *restrict first, double *restrict second, int is_memory) {
+#define FETCH(j)                                                                          \
+    if (is_memory) fetch_next(x, step, rows, n, j)
+#define COLUMN_AT(j)                                                                      \
+    moments_column(x + j, step, rows, weight, weight ? OF(w, weight) : 1, pivot[j],       \
+                   first + j, second + j)
+    BY_COLUMNS(n, FETCH, COLUMN_AT)
+#undef FETCH
+#undef COLUMN_AT
+}
+
+INLINED void products_column(const float *x, int64_t step, const float *dy, int64_t dy_step,
+                             int rows, float center, double *first, double *second) {
+#define TERM(i, a, b) (a += dy[i * dy_step], b += dy[i * dy_step] * (x[i * step] - center))
+    ALONG_ROWS(rows, first, second, TERM)
+#undef TERM
 }
 
 INLINED void products_block(const float *restrict x, int64_t step, const float *restrict dy,
                             int64_t dy_step, int rows, int64_t n, const float *restrict center,
-                            double *restrict first, double *restrict second) {
-#define TERM(i, a, b)                                                                     \
-    (a += dy[i * dy_step + j], b += dy[i * dy_step + j] * (x[i * step + j] - center[j]))
-    ALONG_ROWS(rows, n, first, second, TERM)
-#undef TERM
+                            double *restrict first, double *restrict second, int is_memory) {
+#define FETCH(j)                                                                          \
+    if (is_memory) fetch_next(x, step, rows, n, j), fetch_next(dy, dy_step, rows, n, j)
+#define COLUMN_AT(j)                                                                      \
+    products_column(x + j, step, dy + j, dy_step, rows, center[j], first + j, second + j)
+    BY_COLUMNS(n, FETCH, COLUMN_AT)
+#undef FETCH
+#undef COLUMN_AT
 }
 
 /* Σ gamma·dy and Σ gamma·dy·z, each element a sum of its own. */
@@ -339,7 +377,7 @@ INLINED void column_products_block(const float *restrict x, int64_t step, const 
         float z = (x[i * step + j] - center[k]) * scale[k] + shift[k];                    \
         a += dy[i * dy_step + j], b += dy[i * dy_step + j] * z;                           \
     } while (0)
-    ALONG_ROWS(rows, n, first, second, TERM)
+    for (int64_t j = 0; j < n; j++) { ALONG_ROWS(rows, first + j, second + j, TERM) }
 #undef TERM
 }
 

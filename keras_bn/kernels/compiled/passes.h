@@ -51,10 +51,11 @@ INLINED void sum_piece(Job *job, const Piece *piece, int part, Pass pass, int ce
     const float *w = weight ? job->weights + piece->at[WEIGHT] : 0, *center = job->center + at;
     double *first = job->cells.sums + part * job->cells.copy + at - job->cells.first;
     double *second = first + job->cells.number;
+    int is_memory = x != x_room && dy != dy_room; /* and not what was widened */
     if (pass == MOMENTS && cell == MANY)
-        moments_block(x, step, rows, n, weight, w, center, first, second);
+        moments_block(x, step, rows, n, weight, w, center, first, second, is_memory);
     if (pass == PRODUCTS && cell == MANY)
-        products_block(x, step, dy, dy_step, rows, n, center, first, second);
+        products_block(x, step, dy, dy_step, rows, n, center, first, second, is_memory);
     Ends ends[ROWS];
     for (int i = 0; pass == MOMENTS && cell == ONE && job->is_first && i < rows; i++)
         job->center[at + i * apart] = pivot_of(job, x[i * step]);
@@ -190,22 +191,6 @@ INLINED int next_block(Block *block, int is_wanted) {
     return walk->left > 0;
 }
 
-/* Fetch n elements of x and dy, from `ahead` lines after a place, before they are read. What is
-   widened is read as it lies in memory, which a processor foresees. */
-INLINED void fetch(const Job *job, const int64_t *at, const int64_t *apart, int ahead, int64_t n) {
-    int is_wide = job->types[X] == FLOAT && job->types[DY] == FLOAT;
-    for (int o = X; o <= DY && job->is_past_caches && is_wide; o++)
-        for (int64_t j = 0; j < n; j += LANES)
-            __builtin_prefetch((const float *)job->big[o] + at[o] + ahead * apart[o] + j);
-}
-
-/* Fetch the next block: in what order columns go through its rows, a processor does not foresee. */
-INLINED void fetch_next(const Job *job, const Block *block, int64_t n) {
-    int is_there = block->walk.lines - block->line >= 2 * ROWS;
-    for (int i = 0; i < ROWS && is_there; i++)
-        fetch(job, block->at, block->apart, ROWS + i, n);
-}
-
 /* Go through the lines of a walk. */
 INLINED void lines_of_walk(Job *job, Walk walk, int part, Pass pass, int cell, int column,
                            int weight) {
@@ -213,7 +198,6 @@ INLINED void lines_of_walk(Job *job, Walk walk, int part, Pass pass, int cell, i
     int64_t n = nest->size[nest->rank - 1];
     int is_block = is_blocked(nest, pass, cell, weight);
     for (Block block = before(walk); next_block(&block, is_block);) {
-        if (pass == PRODUCTS && cell == MANY) fetch_next(job, &block, n);
         if (block.rows == ROWS)
             pieces_of(job, block.at, block.apart, ROWS, n, SHORT, part, pass, cell, column, weight);
         else pieces_of(job, block.at, block.apart, 1, n, LINE, part, pass, cell, column, weight);

@@ -76,6 +76,16 @@ INLINED void normalize_by_rows(Job *job, int64_t first, int64_t last, int is_cen
     }
 }
 
+/* Fetch the line of the next block that takes the place of one, while there is time: all that is
+   read now lies in the cache. What is widened is read as it lies in memory, which a processor
+   foresees. */
+INLINED void fetch_line(const Job *job, const int64_t *at, const int64_t *apart, int64_t n) {
+    int is_wide = job->types[X] == FLOAT && job->types[DY] == FLOAT;
+    for (int o = X; o <= DY && job->is_past_caches && is_wide; o++)
+        for (int64_t j = 0; j < n; j += LANES)
+            __builtin_prefetch((const float *)job->big[o] + at[o] + ROWS * apart[o] + j);
+}
+
 /* Sum several lines, which have the sums for themselves, and map them. */
 INLINED void differentiate_lines(Job *job, const int64_t *start, const int64_t *apart, int rows,
                                  int64_t length, int64_t most, int part, Pass sum, int column) {
@@ -90,8 +100,7 @@ INLINED void differentiate_lines(Job *job, const int64_t *start, const int64_t *
     job->finish(job, from, to, part);
     if (sum == PRODUCTS) add_to_columns(job, from, to, 0, job->columns.number, part);
     for (int i = 0; i < rows; i++) {
-        /* What is read from the cache leaves time to fetch the line of the next block. */
-        if (rows == ROWS) fetch(job, at, apart, ROWS, length);
+        if (rows == ROWS) fetch_line(job, at, apart, length);
         pieces_of(job, at, apart, 1, length, most, part, COMBINED, ONE, column, ABSENT);
         for (int o = 0; o < OPERANDS; o++) at[o] += apart[o];
     }
