@@ -19,6 +19,16 @@
 #pragma GCC diagnostic ignored "-Wpsabi" /* nothing here is called from outside */
 #endif
 
+/* Compiled for several generations of processors, of which the library's loader chooses. */
+#ifndef FOR_EACH_CPU
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define HAS_CLONES
+#define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FOR_EACH_CPU
+#endif
+#endif
+
 /* How an operand lies along a line. */
 enum { ABSENT, ONE, MANY };
 
@@ -60,11 +70,11 @@ INLINED void narrow(char *data, int type, int64_t n, const float *wide) {
 #endif
 }
 
-/* Copy n bytes to memory that nobody reads soon, past the caches: these would fetch it first. Best go
-   whole lines of a cache, 64 bytes. */
+/* Copy n bytes to memory that nobody reads soon, past the caches: these would fetch it first. Whole
+   lines of a cache, 64 bytes, go fastest. */
 INLINED void copy_past_caches(char *target, const char *source, int64_t n) {
     int64_t i = 0;
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef HAS_CLONES
     typedef struct {
         char bytes[64];
     } Line;
@@ -294,12 +304,12 @@ INLINED void fetch_next(const float *block, int64_t step, int rows, int64_t n, i
 
 /* `fetch(j)` goes before so many columns; `column(j)` is one. */
 #define BY_COLUMNS(n, fetch, column)                                                      \
-    int64_t start = 0;                                                                    \
-    for (; start + LANES <= (n); start += LANES) {                                        \
-        fetch(start);                                                                     \
-        for (int64_t j = start; j < start + LANES; j++) column(j);                        \
+    int64_t some = 0;                                                                     \
+    for (; some + LANES <= (n); some += LANES) {                                          \
+        fetch(some);                                                                      \
+        for (int64_t j = some; j < some + LANES; j++) column(j);                          \
     }                                                                                     \
-    for (int64_t j = start; j < (n); j++) column(j);
+    for (int64_t j = some; j < (n); j++) column(j);
 
 /* `term(i, a, b)` adds what is in row i of a column. */
 #define ALONG_ROWS(rows, first, second, term)                                             \

@@ -7,15 +7,6 @@
 
 #include "job.h"
 
-/* Compiled for several generations of processors, of which the library's loader chooses. */
-#ifndef FOR_EACH_CPU
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EACH_CPU
-#endif
-#endif
-
 /* A piece of one line, or of as many as there are rows; from row to row an operand is `apart`. */
 typedef struct {
     const int64_t *at, *apart;

@@ -87,10 +87,10 @@ INLINED void fetch_line(const Job *job, const int64_t *at, const int64_t *apart,
 }
 
 /* Sum several lines, which have the sums for themselves, and map them. */
-INLINED void differentiate_lines(Job *job, const int64_t *start, const int64_t *apart, int rows,
+INLINED void differentiate_lines(Job *job, const int64_t *block, const int64_t *apart, int rows,
                                  int64_t length, int64_t most, int part, Pass sum, int column) {
     int64_t at[OPERANDS];
-    memcpy(at, start, sizeof at);
+    memcpy(at, block, sizeof at);
     double sums[2 * ROWS] = {0};
     float work[WORKS * ROWS];
     int64_t from = at[CELL], to = from + rows;
