@@ -159,7 +159,8 @@ def merge_equal(parts: Moments, find: Callable[..., Moments]) -> Moments:
     first = native.stop_gradient(parts.pivot[:1])
     means = find((parts.pivot - first) + parts.offset, (0,))
     pivot = settled(first + means.pivot)
-    offset = ((first - pivot) + means.pivot) + means.offset
+    # What the sum loses; TensorFlow's optimizer would add all three in another order.
+    offset = settled((first - pivot) + means.pivot) + means.offset
     # So many numbers are summed by the kernels: TensorFlow's sum adds them one by one.
     m2 = number * find(parts.m2, (0,)).mean + parts.count * means.m2
     return Moments(number * parts.count, pivot, offset, m2)

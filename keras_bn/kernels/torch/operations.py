@@ -150,7 +150,7 @@ def merged(center: Tensor, offset: Tensor, m2: Tensor, count: int) -> Tensor:
         torch.get_num_threads(),
     )  # fmt: skip
     if not done:
-        raise MemoryError
+        raise NotImplementedError
     return out
 
 
