@@ -199,13 +199,15 @@ INLINED void add_ends(const Ends *ends, int rows, int64_t apart, double *first, 
     Total firsts = {{0}, {0}}, seconds = {{0}, {0}};                                      \
     double c = 0, d = 0;                                                                  \
     int64_t j = 0;                                                                        \
-    for (int64_t last; j + LANES <= (n);) {                                               \
+    for (; j + FEW * LANES <= (n); j += FEW * LANES) {                                    \
         Floats a = {0}, b = {0};                                                          \
-        last = j + (j + FEW * LANES <= (n) ? FEW * LANES : LANES);                        \
-        if (last - j == FEW * LANES)                                                      \
-            for (int i = 0; i < FEW; i++) lanes(j + i * LANES, a, b);                     \
-        else lanes(j, a, b);                                                              \
-        add(&firsts, a), add(&seconds, b), j = last;                                      \
+        for (int i = 0; i < FEW; i++) lanes(j + i * LANES, a, b);                         \
+        add(&firsts, a), add(&seconds, b);                                                \
+    }                                                                                     \
+    if (j + LANES <= (n)) {                                                               \
+        Floats a = {0}, b = {0};                                                          \
+        for (; j + LANES <= (n); j += LANES) lanes(j, a, b);                              \
+        add(&firsts, a), add(&seconds, b);                                                \
     }                                                                                     \
     for (; j < (n); j++) one(j, c, d);                                                    \
     return (Ends){firsts.low + firsts.high, seconds.low + seconds.high, c, d}
@@ -253,6 +255,14 @@ INLINED Ends squares_line(const float *restrict x, int64_t n) {
     ALONG_LINE(n, LANES_FROM, ONE_AT);
 #undef LANES_FROM
 #undef ONE_AT
+}
+
+/* Fetch what comes next along some rows, n elements of which are read: short pieces of rows that are
+   apart, a processor does not foresee. */
+INLINED void fetch_along(const float *x, int64_t step, int rows, int64_t n) {
+    int64_t ahead = n < FEW * LANES ? FEW * LANES : n;
+    for (int i = 0; i < rows; i++)
+        for (int64_t j = 0; j < n; j += LANES) __builtin_prefetch(x + i * step + ahead + j);
 }
 
 INLINED Ends products_line(const float *restrict x, const float *restrict dy, int64_t n,

@@ -62,6 +62,7 @@ INLINED void sum_piece(Job *job, const Piece *piece, int part, Pass pass, int ce
     if (pass != MAPPED_PRODUCTS) return;
     const float *scale = job->scale + at, *shift = job->shift + at, one = 1;
     const float *gamma = job->gamma + piece->at[COLUMN];
+    if (is_memory && step > n) fetch_along(x, step, rows, n), fetch_along(dy, dy_step, rows, n);
     double *sums = job->columns.sums + part * job->columns.copy + piece->at[COLUMN];
     for (int i = 0; i < rows && cell == MANY; i++)
         mapped_products(x + i * step, dy + i * dy_step, n, column, center + i * apart,
