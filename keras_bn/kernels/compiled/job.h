@@ -73,6 +73,11 @@ static int are_apart(const Job *job) {
     return stride * job->nest.size[0] == job->all && stride % job->together == 0;
 }
 
+/* Return how many of some threads so many elements are worth. */
+static int threads_for(int64_t elements, int threads) {
+    return elements < (start ? SMALL : MODERATE) ? 1 : threads;
+}
+
 static int allocate(Sums *sums, int64_t number, int copies) {
     sums->number = number;
     /* Apart by more than what a processor fetches at a time, or parts would wait for each other. */
@@ -103,7 +108,7 @@ static int prepare(Job *job, int rank, const int64_t *dims, int64_t cells, int64
     int64_t turn = 1;
     for (int i = 1; i < nest->rank; i++) turn *= nest->size[i];
     int64_t elements = turn * nest->size[0];
-    job->threads = elements < (start ? SMALL : MODERATE) ? 1 : threads;
+    job->threads = threads_for(elements, threads);
     /* A thread that comes late finds parts that are left. */
     int64_t wanted = job->threads * (job->threads > 1 && elements > 64 * cells ? MORE : 1);
     job->parts = (int)(nest->size[0] < wanted ? nest->size[0] : wanted);

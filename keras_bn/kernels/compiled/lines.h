@@ -257,12 +257,16 @@ INLINED Ends squares_line(const float *restrict x, int64_t n) {
 #undef ONE_AT
 }
 
+/* Fetch n elements, before they are read. */
+INLINED void fetch(const float *data, int64_t n) {
+    for (int64_t j = 0; j < n; j += LANES) __builtin_prefetch(data + j);
+}
+
 /* Fetch what comes next along some rows, n elements of which are read: short pieces of rows that are
    apart, a processor does not foresee. */
 INLINED void fetch_along(const float *x, int64_t step, int rows, int64_t n) {
     int64_t ahead = n < FEW * LANES ? FEW * LANES : n;
-    for (int i = 0; i < rows; i++)
-        for (int64_t j = 0; j < n; j += LANES) __builtin_prefetch(x + i * step + ahead + j);
+    for (int i = 0; i < rows; i++) fetch(x + i * step + ahead, n);
 }
 
 INLINED Ends products_line(const float *restrict x, const float *restrict dy, int64_t n,
@@ -331,12 +335,12 @@ INLINED void fetch_next(const float *block, int64_t step, int rows, int64_t n, i
     }                                                                                     \
     *(first) += c, *(second) += d;
 
-INLINED void moments_column(const float *x, int64_t step, int rows, int weight, double own,
-                            double origin, double *first, double *second) {
+INLINED void moments_column(const float *x, int64_t step, int rows, double own, double origin,
+                            double *first, double *second) {
     double a = 0, b = 0;
     for (int i = 0; i < rows; i++) {
         double deviation = x[i * step] - origin;
-        deviation = weight && own == 0 ? 0 : deviation;
+        deviation = own == 0 ? 0 : deviation;
         a += own * deviation, b += own * deviation * deviation;
     }
     *first += a, *second += b;
@@ -348,8 +352,8 @@ INLINED void moments_block(const float *restrict x, int64_t step, int rows, int6
 #define FETCH(j)                                                                          \
     if (is_memory) fetch_next(x, step, rows, n, j)
 #define COLUMN_AT(j)                                                                      \
-    moments_column(x + j, step, rows, weight, weight ? OF(w, weight) : 1, pivot[j],       \
-                   first + j, second + j)
+    moments_column(x + j, step, rows, weight ? OF(w, weight) : 1, pivot[j], first + j,    \
+                   second + j)
     BY_COLUMNS(n, FETCH, COLUMN_AT)
 #undef FETCH
 #undef COLUMN_AT

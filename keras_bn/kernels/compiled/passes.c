@@ -117,7 +117,7 @@ int keras_bn_gradients(int rank, const int64_t *dims, char *x, int type, char *d
 
 int keras_bn_merge(const float *center, const float *offset, const float *m2, int64_t number,
                    int64_t columns, double count, float *out, int threads) {
-    int wanted = number * columns < (start ? SMALL : MODERATE) ? 1 : threads;
+    int wanted = threads_for(number * columns, threads);
     int parts = number < 1 ? 1 : number < wanted ? (int)number : wanted;
     Sets sets = {center, offset, m2, number, columns, NULL, parts};
     sets.sums = calloc((size_t)(3 * columns * parts + 1), sizeof(double));

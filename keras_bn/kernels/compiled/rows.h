@@ -82,8 +82,7 @@ INLINED void normalize_by_rows(Job *job, int64_t first, int64_t last, int is_cen
 INLINED void fetch_line(const Job *job, const int64_t *at, const int64_t *apart, int64_t n) {
     int is_wide = job->types[X] == FLOAT && job->types[DY] == FLOAT;
     for (int o = X; o <= DY && job->is_past_caches && is_wide; o++)
-        for (int64_t j = 0; j < n; j += LANES)
-            __builtin_prefetch((const float *)job->big[o] + at[o] + ROWS * apart[o] + j);
+        fetch((const float *)job->big[o] + at[o] + ROWS * apart[o], n);
 }
 
 /* Sum several lines, which have the sums for themselves, and map them. */
