@@ -308,11 +308,22 @@ INLINED Ends mapped_products_line(const float *restrict x, const float *restrict
    row. In what order columns go through the rows, a processor does not foresee: what takes the place
    of some of them in the next block is fetched ahead. */
 
-/* Fetch as much of the next block as some columns from j on have, in the order of memory where its
+/* Which columns a block has: from which on, and of how many; of none where it is no memory. */
+typedef struct {
+    int64_t from, all;
+} Columns;
+
+/* Elements that have to be fetched ahead for memory to be there in time. */
+enum { AHEAD = 1024 };
+
+/* Fetch as much of what comes next as some columns from j on have, in the order of memory where
    rows are without gaps. */
-INLINED void fetch_next(const float *block, int64_t step, int rows, int64_t n, int64_t j) {
-    int is_dense = step == n;
-    const float *next = block + rows * step + (is_dense ? j * rows : j);
+INLINED void fetch_next(const float *block, int64_t step, int rows, Columns columns, int64_t j) {
+    if (!columns.all) return;
+    int is_dense = step == columns.all;
+    int64_t size = rows * step;
+    const float *next = block + (is_dense && size < AHEAD ? AHEAD : size);
+    next += is_dense ? (columns.from + j) * rows - columns.from : j;
     for (int i = 0; i < rows; i++) __builtin_prefetch(next + i * (is_dense ? LANES : step));
 }
 
@@ -348,9 +359,8 @@ INLINED void moments_column(const float *x, int64_t step, int rows, double own, 
 
 INLINED void moments_block(const float *restrict x, int64_t step, int rows, int64_t n, int weight,
                            const float *restrict w, const float *restrict pivot,
-                           double *restrict first, double *restrict second, int is_memory) {
-#define FETCH(j)                                                                          \
-    if (is_memory) fetch_next(x, step, rows, n, j)
+                           double *restrict first, double *restrict second, Columns columns) {
+#define FETCH(j) fetch_next(x, step, rows, columns, j)
 #define COLUMN_AT(j)                                                                      \
     moments_column(x + j, step, rows, weight ? OF(w, weight) : 1, pivot[j], first + j,    \
                    second + j)
@@ -368,9 +378,9 @@ INLINED void products_column(const float *x, int64_t step, const float *dy, int6
 
 INLINED void products_block(const float *restrict x, int64_t step, const float *restrict dy,
                             int64_t dy_step, int rows, int64_t n, const float *restrict center,
-                            double *restrict first, double *restrict second, int is_memory) {
+                            double *restrict first, double *restrict second, Columns columns) {
 #define FETCH(j)                                                                          \
-    if (is_memory) fetch_next(x, step, rows, n, j), fetch_next(dy, dy_step, rows, n, j)
+    (fetch_next(x, step, rows, columns, j), fetch_next(dy, dy_step, rows, columns, j))
 #define COLUMN_AT(j)                                                                      \
     products_column(x + j, step, dy + j, dy_step, rows, center[j], first + j, second + j)
     BY_COLUMNS(n, FETCH, COLUMN_AT)

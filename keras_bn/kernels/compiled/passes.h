@@ -7,11 +7,12 @@
 
 #include "job.h"
 
-/* A piece of one line, or of as many as there are rows; from row to row an operand is `apart`. */
+/* A piece of one line, or of as many as there are rows; from row to row an operand is `apart`. Of
+   the `all` elements of a line it has n, after the `start`. */
 typedef struct {
     const int64_t *at, *apart;
     int rows;
-    int64_t n;
+    int64_t n, start, all;
 } Piece;
 
 /* Return lines in float32, from memory or from a room for them, and the step from one to the
@@ -43,10 +44,11 @@ INLINED void sum_piece(Job *job, const Piece *piece, int part, Pass pass, int ce
     double *first = job->cells.sums + part * job->cells.copy + at - job->cells.first;
     double *second = first + job->cells.number;
     int is_memory = x != x_room && dy != dy_room; /* and not what was widened */
+    Columns columns = {piece->start, is_memory ? piece->all : 0};
     if (pass == MOMENTS && cell == MANY)
-        moments_block(x, step, rows, n, weight, w, center, first, second, is_memory);
+        moments_block(x, step, rows, n, weight, w, center, first, second, columns);
     if (pass == PRODUCTS && cell == MANY)
-        products_block(x, step, dy, dy_step, rows, n, center, first, second, is_memory);
+        products_block(x, step, dy, dy_step, rows, n, center, first, second, columns);
     Ends ends[ROWS];
     for (int i = 0; pass == MOMENTS && cell == ONE && job->is_first && i < rows; i++)
         job->center[at + i * apart] = pivot_of(job, x[i * step]);
@@ -149,7 +151,7 @@ INLINED void pieces_of(Job *job, const int64_t *from, const int64_t *apart, int 
     memcpy(at, from, sizeof at);
     for (int64_t start = 0; start < length; start += most) {
         int64_t n = length - start < most ? length - start : most;
-        go(job, &(Piece){at, apart, rows, n}, part, pass, cell, column, weight);
+        go(job, &(Piece){at, apart, rows, n, start, length}, part, pass, cell, column, weight);
         for (int o = 0; o < OPERANDS; o++) at[o] += is_along[o] * n;
     }
 }

@@ -54,7 +54,7 @@ INLINED void normalize_lines(Job *job, const int64_t *from, const int64_t *apart
     float *y[ROWS];
     int64_t step, at[OPERANDS];
     memcpy(at, from, sizeof at);
-    const float *x = lines_of(job, X, &(Piece){from, apart, rows, n}, room, &step);
+    const float *x = lines_of(job, X, &(Piece){from, apart, rows, n, 0, n}, room, &step);
     for (int i = 0; i < rows; i++) {
         targets[i] = job->big[Y] + at[Y] * WIDTH[job->types[Y]];
         y[i] = line_for(job, targets[i], &rooms) + (rows == 1 ? 0 : i * SHORT);
