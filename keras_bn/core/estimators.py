@@ -1,7 +1,7 @@
 """From moments in time to stored statistics: moving averages, and renormalization's correction."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from keras import ops
 from keras.backend import standardize_dtype
@@ -19,6 +19,31 @@ def moving_average(old: Tensor, new: Tensor, momentum: float) -> Tensor:
     if is_static(momentum) and momentum == 0:
         return new
     return old * momentum + new * (1.0 - momentum)
+
+
+class Average(NamedTuple):
+    """How a kept mean and variance take up the moments of batches.
+
+    Attributes:
+        momentum: The share of the old values, one for all or in their shape.
+        unbiased: Whether the variance is that of what a batch is a sample of.
+        epsilon: Added to the variances, the roots of which are averaged; None to average the
+            variances themselves.
+    """
+
+    momentum: Any
+    unbiased: bool = False
+    epsilon: float | None = None
+
+    def moved(self, mean: Tensor, variance: Tensor, batch: Moments) -> tuple[Tensor, Tensor]:
+        """Return the new mean and variance; `batch` has the dtype of the old ones."""
+        fresh = batch.unbiased_variance if self.unbiased else batch.variance
+        mean = moving_average(mean, batch.mean, self.momentum)
+        if self.epsilon is None:
+            return mean, moving_average(variance, fresh, self.momentum)
+        old, new = (native.sqrt(part + self.epsilon) for part in (variance, fresh))
+        squared = native.square(moving_average(old, new, self.momentum))
+        return mean, native.relu(squared - self.epsilon)
 
 
 def counted_momentum(count: Tensor, new: Tensor, momentum: float | None) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ from keras_bn.kernels.active import (
     known_number,
     merged,
     moments,
+    moved,
     normalize,
 )
 from keras_bn.kernels.lengths import length, with_length
@@ -50,6 +51,7 @@ __all__ = [
     "length",
     "merged",
     "moments",
+    "moved",
     "normalize",
     "with_length",
 ]

@@ -11,10 +11,12 @@ from typing import Any
 
 import keras
 from keras import ops
+from keras.backend import standardize_dtype
 
+from keras_bn.core import native
 from keras_bn.core.affine import Affine, Learned
-from keras_bn.core.estimators import Corrector
-from keras_bn.core.moments import Moments, merge_equal
+from keras_bn.core.estimators import Average, Corrector
+from keras_bn.core.moments import Moments, is_known, is_static, merge_equal
 from keras_bn.core.pooling import Pooling
 from keras_bn.kernels import generic, normalization
 from keras_bn.kernels.normalization import Plan
@@ -52,6 +54,31 @@ def merged(sets: Moments) -> Moments:
     if found is None:
         return merge_equal(sets, moments)
     return Moments(sets.pivot.shape[0] * sets.count, *found)
+
+
+def moved(
+    mean: Tensor, variance: Tensor, batch: Moments, average: Average
+) -> tuple[Tensor, Tensor, Any]:
+    """Return a kept mean and variance that have taken up the moments of a batch, where known.
+
+    Args:
+        mean: What is kept.
+        variance: What is kept, in the same shape.
+        batch: Moments of so many sets; no derivative goes through them.
+        average: How they are taken up.
+
+    Returns:
+        The new mean and variance, and for each set, or of all in one, whether it was known.
+    """
+    if hasattr(_kernel, "moved"):
+        found: tuple[Tensor, Tensor, Any] | None = _kernel.moved(mean, variance, batch, average)
+        if found is not None:
+            return found
+    batch = batch.reshaped(mean.shape)
+    known, dtype = is_known(batch), standardize_dtype(mean.dtype)
+    batch = Moments(*(p if is_static(p) else native.cast(p, dtype) for p in batch))
+    new = average.moved(mean, variance, batch)
+    return native.where(known, new[0], mean), native.where(known, new[1], variance), known
 
 
 def across(layer: str, axis_name: str | None, group: Any) -> Callable[[Moments], Moments] | None:

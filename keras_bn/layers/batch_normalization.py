@@ -7,7 +7,7 @@ from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_bn.core.estimators import Correction, Limits, at_least
-from keras_bn.core.moments import Moments, degrees_of_freedom, union
+from keras_bn.core.moments import Moments, degrees_of_freedom, is_known, union
 from keras_bn.layers.batch_statistics import BatchStatistics
 from keras_bn.types import Shape, Tensor
 
@@ -179,16 +179,15 @@ class BatchNormalization(BatchStatistics):
         count = self._spread_count(self.renorm_count, dtype)
         return Correction(mean, stddev, self._limits(dtype), self.epsilon, count)
 
-    def _update(self, batch: Moments, known: Tensor) -> None:
+    def _update(self, batch: Moments) -> None:
+        if not self.renorm and self.momentum is not None:
+            self._average(batch)
+            return
+        batch = batch.reshaped(self._parameter_shape)
         if self.renorm:
-            self._update_renorm(batch, known)
-            return
-        if self.momentum is None:
-            self._merge(batch, known, self.moving_count)
-            return
-        momentum = self._share(self.moving_count, self.momentum, batch, known)
-        self._move(self.moving_mean, batch.mean, momentum, known)
-        self._move(self.moving_variance, self._variance_to_keep(batch), momentum, known)
+            self._update_renorm(batch, is_known(batch))
+        else:
+            self._merge(batch, is_known(batch), self.moving_count)
 
     def _merge(self, batch: Moments, known: Tensor, counter: Any) -> None:
         """Merge the batch with all that the moving statistics stand for."""

@@ -7,15 +7,10 @@ import numpy as np
 
 from keras_bn import kernels
 from keras_bn.core import native
-from keras_bn.core.estimators import (
-    Correction,
-    Limits,
-    linear_ramp,
-    moving_average,
-)
+from keras_bn.core.estimators import Correction, Limits, linear_ramp
 from keras_bn.core.moments import Moments, is_static
 from keras_bn.layers.batch_statistics import BatchStatistics
-from keras_bn.types import Shape, Tensor
+from keras_bn.types import Shape
 
 
 class BatchRenormalization(BatchStatistics):
@@ -143,7 +138,8 @@ class BatchRenormalization(BatchStatistics):
     def limits(self) -> Limits:
         """Return the limits of r and d at the present step."""
         dtype = self.moving_mean.dtype
-        step = kernels.known_number(native.cast(self.step, "int32"))
+        is_settled = self.rmax_steps is None and self.dmax_steps is None
+        step = 0 if is_settled else kernels.known_number(native.cast(self.step, "int32"))
         rmax = linear_ramp(step, 1.0, self.rmax, self.rmax_steps, dtype)
         return Limits(1.0 / rmax, rmax, linear_ramp(step, 0.0, self.dmax, self.dmax_steps, dtype))
 
@@ -155,20 +151,11 @@ class BatchRenormalization(BatchStatistics):
         super().load_own_variables({**store, str(last): np.int32(0)} if missing_step else store)
 
     def _corrector(self, dtype: str) -> Correction:
-        mean, variance = self._moving(dtype)
+        mean, variance = (self._spread(v, dtype) for v in (self.moving_mean, self.moving_variance))
         given = self.limits()
         limits = given if is_static(given.rmax) else Limits(*(native.cast(v, dtype) for v in given))
         count = self._spread_count(self.moving_count, dtype)
         return Correction(mean, self._stddev(variance), limits, self.epsilon, count)
 
-    def _update(self, batch: Moments, known: Tensor) -> None:
-        momentum = share = self._share(self.moving_count, self.momentum, batch, known)
-        dtype = batch.pivot.dtype
-        if self.moving_count is not None:
-            share = native.cast(share, dtype)
-        stddev_kept = self._stddev(native.cast(self.moving_variance, dtype))
-        stddev = moving_average(stddev_kept, self._stddev(self._variance_to_keep(batch)), share)
-        variance = native.relu(native.square(stddev) - self.epsilon)
-        self._move(self.moving_mean, batch.mean, momentum, known)
-        self._move(self.moving_variance, variance, 0.0, known)
-        self._count_step(known)
+    def _update(self, batch: Moments) -> None:
+        self._count_step(self._average(batch, self.epsilon))

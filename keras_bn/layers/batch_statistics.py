@@ -11,7 +11,7 @@ from keras_bn import kernels
 from keras_bn.core import native
 from keras_bn.core.affine import Affine, compose
 from keras_bn.core.dtypes import statistics_dtype
-from keras_bn.core.estimators import Correction, moving_average
+from keras_bn.core.estimators import Average, Correction, moving_average
 from keras_bn.core.moments import Moments, is_known, is_static, merge
 from keras_bn.core.pooling import Ghosts, Pooling, ghosts_of, reduced_axes
 from keras_bn.layers.base import Normalization
@@ -69,8 +69,7 @@ class BatchStatistics(Normalization):
             batch = batch if across is None else across(batch)
         else:
             y, batch = self._normalized_set(x, Pooling(axes, weights, across=across), kept)
-        batch = batch.reshaped(self._parameter_shape)
-        self._update(batch, is_known(batch))
+        self._update(batch)
         return y
 
     def set_weights(self, weights: list[Any]) -> None:
@@ -166,13 +165,8 @@ class BatchStatistics(Normalization):
         """
         return None
 
-    def _update(self, batch: Moments, known: Tensor) -> None:
-        """Update what is kept.
-
-        Args:
-            batch: The moments of the batch, in the shape of the statistics.
-            known: For each, whether it may be kept: neither empty nor infinite nor NaN.
-        """
+    def _update(self, batch: Moments) -> None:
+        """Update what is kept from the moments of the batch, where these may be kept."""
         raise NotImplementedError
 
     def _add_statistic(self, name: str, initializer: Any) -> Any:
@@ -221,6 +215,27 @@ class BatchStatistics(Normalization):
         """Return what a moving variance takes up."""
         return moments.unbiased_variance if self.unbiased else moments.variance
 
+    def _average(self, batch: Moments, epsilon: float | None = None) -> Any:
+        """Move the moving mean and variance towards those of a batch.
+
+        Args:
+            batch: Its moments.
+            epsilon: As for `Average`.
+
+        Returns:
+            For each, or of all in one, whether they were known and so were moved.
+        """
+        momentum: Any = self.momentum
+        if self.moving_count is not None:
+            batch = batch.reshaped(self._parameter_shape)
+            momentum = self._share(self.moving_count, momentum, batch, is_known(batch))
+        average = Average(momentum, self.unbiased, epsilon)
+        mean, variance = native.value_of(self.moving_mean), native.value_of(self.moving_variance)
+        mean, variance, known = kernels.moved(mean, variance, batch, average)
+        self.moving_mean.assign(mean)
+        self.moving_variance.assign(variance)
+        return known
+
     def _share(
         self, count: MovingCount | None, momentum: Any, batch: Moments, known: Tensor
     ) -> Any:
@@ -242,10 +257,11 @@ class BatchStatistics(Normalization):
         moved = moving_average(old, native.cast(new, old.dtype), momentum)
         variable.assign(native.where(known, moved, old))
 
-    def _count_step(self, known: Tensor) -> None:
+    def _count_step(self, known: Any) -> None:
         """Count a training step, unless nothing of it was known."""
-        moved = native.cast(native.reduce_any(known), "int32")
-        self.step.assign(native.cast(self.step, "int32") + moved)
+        if not isinstance(known, bool):
+            known = native.cast(native.reduce_any(known), "int32")
+        self.step.assign(native.cast(self.step, "int32") + known)
 
     def _warn_of_one_element(self, moments: Moments) -> None:
         is_one = is_static(moments.count) and moments.count == 1

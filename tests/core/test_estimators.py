@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_bn import kernels
 from keras_bn.core.estimators import (
+    Average,
     Limits,
     at_least,
     counted_momentum,
@@ -37,6 +39,54 @@ def test_momentum_is_the_share_of_the_old_value(momentum, expected):
 def test_a_moving_average_of_a_constant_is_the_constant():
     value = tensors(0.3)[0]
     assert modes.to_numpy(moving_average(value, value, 0.99)) == pytest.approx(0.3, rel=2 * U)
+
+
+def moved_in_float64(mean, variance, pivot, offset, m2, average, count):
+    """Return what the formulas give where the moments are known, else what is kept."""
+    kept = [part.astype("float64") for part in (mean, variance)]
+    fresh = m2.astype("float64") / (count - 1 if average.unbiased else count)
+    new = [pivot.astype("float64") + offset, fresh]
+    if average.epsilon is not None:
+        kept[1], new[1] = (np.sqrt(part + average.epsilon) for part in (kept[1], new[1]))
+    share = average.momentum
+    moved = [share * old + (1 - share) * new for old, new in zip(kept, new, strict=True)]
+    if average.epsilon is not None:
+        moved[1] = np.maximum(moved[1] ** 2 - average.epsilon, 0)
+    known = np.isfinite(m2)
+    return [np.where(known, *pair) for pair in zip(moved, (mean, variance), strict=True)]
+
+
+AVERAGES = {
+    "of variances": Average(0.9),
+    "of their roots": Average(0.9, epsilon=1e-3),
+    "unbiased": Average(0.75, unbiased=True),
+    "of unbiased roots": Average(0.75, unbiased=True, epsilon=1e-2),
+    "the last alone": Average(0.0),
+}
+
+
+@pytest.mark.parametrize("average", AVERAGES.values(), ids=AVERAGES)
+@pytest.mark.parametrize("mode", modes.MODES)
+@pytest.mark.parametrize("count", [7, 7.0], ids=["known", "of each set"])
+def test_a_pair_moves_where_the_batch_is_known(average, mode, count):
+    rng = np.random.default_rng(0)
+    mean, pivot, offset = rng.normal(100, 3, (3, 40)).astype("float32")
+    offset = (offset - 100) / 1e4
+    variance, m2 = rng.gamma(2, 3, (2, 40)).astype("float32")
+    m2[3], m2[5], m2[7], variance[9], m2[9] = np.nan, np.inf, 0.0, 0.0, 0.0
+    parts = [part.reshape(1, 8, 1, 5) for part in (pivot, offset, m2)]
+    counts = None if isinstance(count, int) else np.full((1, 8, 1, 5), count, "float32")
+
+    def moved(mean, variance, pivot, offset, m2, counts):
+        batch = Moments(count if counts is None else counts, pivot, offset, m2)
+        return kernels.moved(mean, variance, batch, average)[:2]
+
+    kept = [part.reshape(8, 5) for part in (mean, variance)]
+    found = modes.call(mode, moved, [*kept, *parts, counts], (0, 1))
+    wanted = moved_in_float64(mean, variance, pivot, offset, m2, average, 7)
+    for own, right in zip(found, wanted, strict=True):
+        assert own.shape == (8, 5)
+        assert np.allclose(own.ravel(), right, rtol=8 * U, atol=8 * U * (average.epsilon or 0))
 
 
 def averaged(values: list[float], weights: list[float], momentum: float | None) -> float:

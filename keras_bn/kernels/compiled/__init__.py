@@ -62,6 +62,7 @@ _ARGUMENTS = {
         _INT,
     ],
     "merge": [*[_DATA] * 3, _LONG, _LONG, _REAL, _DATA, _INT],
+    "move": [*[_DATA] * 5, _LONG, *[_REAL] * 3, _DATA],
 }
 
 

@@ -77,4 +77,11 @@ int keras_bn_gradients(int rank, const int64_t *dims, char *x, int type, char *d
 int keras_bn_merge(const float *center, const float *offset, const float *m2, int64_t number,
                    int64_t columns, double count, float *out, int threads);
 
+/* Kept means and variances, moved towards moments of which m2 is finite: of the old there stays the
+   share `momentum`. It is the variances that move, or, with an epsilon of at least 0, the roots of
+   these with it added. Means and variances into out. Return whether any were moved. */
+int keras_bn_move(const float *mean, const float *variance, const float *center,
+                  const float *offset, const float *m2, int64_t number, double divisor,
+                  double momentum, double epsilon, float *out);
+
 #endif

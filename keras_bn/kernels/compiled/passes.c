@@ -9,6 +9,7 @@
 
 #include "calls.h"
 #include "merging.h"
+#include "moving.h"
 #include "stages.h"
 
 int keras_bn_reads_half(void) {
@@ -127,4 +128,21 @@ int keras_bn_merge(const float *center, const float *offset, const float *m2, in
     else memset(out, 0, (size_t)(3 * columns) * sizeof(float));
     free(sets.sums);
     return 1;
+}
+
+int keras_bn_move(const float *mean, const float *variance, const float *center,
+                  const float *offset, const float *m2, int64_t number, double divisor,
+                  double momentum, double epsilon, float *out) {
+    Shares shares = {(float)momentum, (float)(1 - momentum)};
+    int are_any = 0;
+    for (int64_t i = 0; i < number; i++) {
+        int is_known = m2[i] < INFINITY;
+        float fresh = m2[i] / (float)divisor;
+        float spread = epsilon < 0 ? moved(variance[i], fresh, shares)
+                                   : moved_by_root(variance[i], fresh, (float)epsilon, shares);
+        out[i] = is_known ? moved(mean[i], center[i] + offset[i], shares) : mean[i];
+        out[number + i] = is_known ? spread : variance[i];
+        are_any |= is_known;
+    }
+    return are_any;
 }

@@ -16,10 +16,11 @@ __all__ = [
     "known_number",
     "merged",
     "moments",
+    "moved",
     "normalize",
 ]
 
-harmless, merged = passes.harmless, compiled.merged
+harmless, merged, moved = passes.harmless, compiled.merged, compiled.moved
 is_compiling = torch.compiler.is_compiling
 _kernel = Kernel(passes, run)
 moments, apply, normalize = _kernel.moments, _kernel.apply, _kernel.normalize

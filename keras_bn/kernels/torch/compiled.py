@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 
 from keras_bn.core.affine import AS_IS, Affine, Learned
-from keras_bn.core.moments import Moments
+from keras_bn.core.estimators import Average
+from keras_bn.core.moments import Moments, degrees_of_freedom, is_static, positive
 from keras_bn.kernels.compiled import RANK, are_in_turn, corrected
 from keras_bn.kernels.normalization import Plan, Whole, varies
 from keras_bn.kernels.torch import operations
@@ -125,8 +126,8 @@ def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments,
         # Keras sets a mask on it, which torch 2.13 forbids on one of several results.
         y = y.view_as(y)
     size = math.prod([x.shape[axis] for axis in axes])
-    correction = () if kept.values is None else (rest[2], rest[3])
-    return y, Moments(size * together, affine[0], rest[0], rest[1]), Whole(affine, *correction)
+    (center, *_), (offset, m2, *correction) = affine.unbind(), rest.unbind()
+    return y, Moments(size * together, center, offset, m2), Whole(affine, *correction)
 
 
 def merged(sets: Moments) -> list[Tensor] | None:
@@ -135,6 +136,28 @@ def merged(sets: Moments) -> list[Tensor] | None:
     if make is None or parts is None or is_transformed(*parts):
         return None
     return list(make(*[part.detach() for part in parts], sets.count).unbind())
+
+
+def moved(mean: Tensor, variance: Tensor, batch: Moments, average: Average) -> Any:
+    """Return a mean and a variance moved towards a batch, and whether any of it is known."""
+    count, *parts = batch
+    is_number = is_static(count) and is_static(average.momentum) and count > 0
+    if not is_number or is_transformed(*parts) or not _are_rows(mean, variance, *parts):
+        return None
+    divisor = positive(degrees_of_freedom(count)) if average.unbiased else count
+    return operations.moved(mean, variance, parts, divisor, average)
+
+
+def _are_rows(first: Tensor, *others: Tensor) -> bool:
+    """Say whether tensors are as many elements in the order of memory, as the passes take them."""
+    number = first.numel()
+    return first.dtype in TYPE and all(
+        part.dtype == torch.float32
+        and part.numel() == number
+        and part.is_contiguous()
+        and is_memory(part)
+        for part in (first, *others)
+    )
 
 
 def gradients(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from keras_bn.core.affine import Affine
+from keras_bn.core.estimators import Average
 from keras_bn.kernels.compiled import TYPES, dims, library
 
 Axes = tuple[int, ...]
@@ -111,6 +112,19 @@ def combined(
         x, dy = _without_gaps(x, dy)
         return combined(x, dy, affine, factor, weights, gamma)
     return dx
+
+
+def moved(
+    mean: Tensor, variance: Tensor, batch: list[Tensor], divisor: float, average: Average
+) -> tuple[Tensor, Tensor, bool]:
+    """Return a mean and a variance moved towards moments, and whether any of these are known."""
+    out = mean.new_empty((2, *mean.shape))
+    epsilon = -1.0 if average.epsilon is None else average.epsilon
+    are_any = _library.keras_bn_move(
+        *_addresses(mean, variance, *batch), mean.numel(), divisor, average.momentum, epsilon,
+        out.data_ptr(),
+    )  # fmt: skip
+    return (*out.unbind(), bool(are_any))
 
 
 def _operation(shapes: Callable[..., Any]) -> Callable[..., Any]:
