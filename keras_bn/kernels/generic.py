@@ -10,7 +10,7 @@ from keras.backend import backend, standardize_dtype
 
 from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.dtypes import statistics_dtype
-from keras_bn.core.moments import Moments, is_static, positive
+from keras_bn.core.moments import Moments, is_static, positive, settled
 from keras_bn.types import Tensor
 
 Axes = tuple[int, ...]
@@ -21,13 +21,13 @@ def moments(x: Tensor, axes: Axes, weights: Tensor | None = None) -> Moments:
     x = _widened(x)
     if weights is None:
         count = _number(x, axes)
-        pivot = ops.stop_gradient(_total(x, axes) / positive(count))
+        pivot = settled(ops.stop_gradient(_total(x, axes) / positive(count)))
         deviation = x - pivot
         first, second = _total(deviation, axes), _total(ops.square(deviation), axes)
     else:
         x, weights = harmless(x, weights), ops.broadcast_to(weights, ops.shape(x))
         count = _total(weights, axes)
-        pivot = ops.stop_gradient(_total(weights * x, axes) / positive(count))
+        pivot = settled(ops.stop_gradient(_total(weights * x, axes) / positive(count)))
         deviation = x - pivot
         counted = weights * deviation
         first, second = _total(counted, axes), _total(counted * deviation, axes)

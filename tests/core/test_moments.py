@@ -17,7 +17,7 @@ from keras_bn.core.moments import (
     or_else,
     union,
 )
-from keras_bn.kernels import reference
+from keras_bn.kernels import generic, reference
 from tests.kernels import hard, modes
 
 U = hard.unit_roundoff("float32")
@@ -214,12 +214,13 @@ def test_a_nan_in_one_part_is_seen_in_the_whole():
 @pytest.mark.skipif(not modes.DIFFERENTIABLE, reason="this backend has no gradients")
 @pytest.mark.parametrize("mode", modes.EXTREMES)
 @pytest.mark.parametrize("merged", [over_all, replicated], ids=["parts", "replicas"])
-def test_the_gradient_goes_through_a_merge(mode, merged):
+@pytest.mark.parametrize("find", [kernels.moments, generic.moments], ids=["kernels", "generic"])
+def test_the_gradient_goes_through_a_merge(mode, merged, find):
     x = hard.channels((4, 50, 10), 2)
     a, b = (modes.tensor(np.linspace(*ends, 10, dtype="float32")) for ends in ((1, 3), (-1, 1)))
 
     def function(x):
-        found = merged(kernels.moments(x, (1,)))
+        found = merged(find(x, (1,)))
         return ops.sum(a * found.mean[0] + b * found.m2[0])
 
     (found,) = modes.gradients(mode, function, [x])

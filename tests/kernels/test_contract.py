@@ -74,8 +74,7 @@ class Run(NamedTuple):
 
 def _runs() -> Iterator[Any]:
     for name in IMPLEMENTATIONS:
-        # `generic` serves the backends that compile nothing.
-        for mode in modes.FORWARD if name != "generic" else ("eager",):
+        for mode in modes.FORWARD if name != "generic" else modes.EXTREMES:
             for case in SELECTED if mode.startswith(("compile", "xla-")) else CASES:
                 yield pytest.param((name, mode, case), id=f"{name}-{mode}-{case}")
 
