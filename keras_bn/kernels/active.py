@@ -1,4 +1,4 @@
-"""The kernels of the active backend; of the hand-written files, only that one is imported.
+"""The kernels of the active backend; no other backend's are imported.
 
 `KERAS_BN_KERNELS=generic` switches these off: every layer then goes through `generic`;
 `KERAS_BN_KERNELS=uncompiled` leaves out what is written in C, see `compiled`.
@@ -25,12 +25,13 @@ from keras_bn.types import Tensor
 _backend = keras.backend.backend()
 _is_generic = os.environ.get("KERAS_BN_KERNELS") == "generic"
 _is_known = _backend in ("tensorflow", "jax", "torch")
-_name = _backend if _is_known and not _is_generic else "generic"
 _replicas: Any = None
+_own: Any = generic
 if _is_known:
     # Here, not where it is used: torch 2.13 does not trace an import.
     _replicas = importlib.import_module(f"keras_bn.kernels.{_backend}.replicas")
-_kernel: Any = importlib.import_module(f"keras_bn.kernels.{_name}")
+    _own = importlib.import_module(f"keras_bn.kernels.{_backend}")
+_kernel: Any = generic if _is_generic else _own
 
 _whole: Callable[..., tuple[Tensor, Moments]] | None = getattr(_kernel, "normalize", None)
 apply: Callable[..., Tensor] = _kernel.apply
@@ -149,12 +150,12 @@ def known_number(x: Tensor) -> Tensor | int:
 
 def is_compiling() -> bool:
     """Say whether a compiler that cannot trace a warning is at work."""
-    return bool(_kernel.is_compiling()) if hasattr(_kernel, "is_compiling") else False
+    return bool(_own.is_compiling()) if hasattr(_own, "is_compiling") else False
 
 
 def _hold(x: Tensor) -> Tensor:
     """Keep compiled PyTorch from computing a value again, where it is used or may have moved."""
-    return _kernel.hold(x) if hasattr(_kernel, "hold") else x
+    return _own.hold(x) if hasattr(_own, "hold") else x
 
 
 def is_foreign(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The plain paths, of machines without the passes in C, held to the same contract."""
+"""The plain paths, of machines without the passes in C and of debugging, held to the same."""
 
 import os
 import subprocess
@@ -9,14 +9,21 @@ import pytest
 
 from keras_bn.kernels.compiled import library
 
-FILES = "tests/kernels/test_contract.py tests/layers/test_columns.py tests/layers/test_rows.py"
+RUNS = {
+    "uncompiled": (
+        "tests/kernels/test_contract.py tests/layers/test_columns.py tests/layers/test_rows.py",
+        "not compile and not generic",
+    ),
+    "generic": ("tests/layers/test_conformance.py", "every_mode"),
+}
 
 
 @pytest.mark.skipif(library() is None, reason="built without a compiler, or switched off")
-def test_layers_are_as_right_without_the_passes():
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-k", "not compile and not generic"]
-    command = [sys.executable, "-m", "pytest", *options, *FILES.split()]
-    environment = os.environ | {"KERAS_BN_KERNELS": "uncompiled"}
+@pytest.mark.parametrize(("kernels", "files", "chosen"), [(k, *RUNS[k]) for k in RUNS], ids=RUNS)
+def test_layers_are_as_right_on_plain_paths(kernels, files, chosen):
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
+    command = [sys.executable, "-m", "pytest", *options, *files.split()]
+    environment = os.environ | {"KERAS_BN_KERNELS": kernels}
     folder = Path(__file__).parents[2]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
