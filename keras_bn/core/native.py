@@ -61,6 +61,7 @@ def cast(value: Any, dtype: Any) -> Any:
     """Return a variable, or a tensor, as a tensor in a dtype, of the backend or by its name."""
     value = value_of(value) if isinstance(value, keras.Variable) else value
     if _backend == "torch":
-        return value.to(getattr(_own, dtype) if isinstance(dtype, str) else dtype)
+        wanted = getattr(_own, dtype) if isinstance(dtype, str) else dtype
+        return value if value.dtype == wanted else value.to(wanted)
     is_given = standardize_dtype(value.dtype) == standardize_dtype(dtype)
     return value if is_given else ops.cast(value, dtype)
