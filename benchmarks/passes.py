@@ -1,0 +1,104 @@
+"""Time the passes in C within training steps of eager PyTorch: how much of a step they are.
+
+    KERAS_BACKEND=torch python benchmarks/passes.py [--only "BN conv"] [--seconds 1]
+
+Before each step there is one of Keras' layer on the same tensors, so no cache holds anything of ours.
+`forward` and `backward` are the passes of the normalization and of its gradients; `beside` them is
+the rest of the step: Python, of ours and of Keras, and PyTorch's autograd. `x stream` is the time in
+the passes over that in which the best streaming pass of this process moves x, y, x, dy and dx, each
+once. Medians in ms. `make bench` says what environment keeps page faults out of this.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import engines
+import layers
+import numpy as np
+from measuring import heading, streaming_bandwidth, table
+
+from keras_bn.kernels.torch import operations
+
+BACKWARD = ("gradients", "products", "mapped_products", "combined")
+HEADER = ("layer", "shape", "step", "forward", "backward", "beside", "x stream")
+
+
+class Clock:
+    """The library, and the seconds in each of its passes since it was cleared."""
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+        self.seconds: dict[str, float] = {}
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function, short = getattr(self._library, name), name.removeprefix("keras_bn_")
+
+        def timed(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            found = function(*arguments)
+            spent = time.perf_counter() - start
+            self.seconds[short] = self.seconds.get(short, 0.0) + spent
+            return found
+
+        return timed
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", default="", help="words that a row's name must hold")
+    parser.add_argument("--seconds", type=float, default=1.0, help="per row")
+    options = parser.parse_args()
+    if operations._library is None:
+        sys.exit("There are no passes: built without a compiler, or switched off.")
+    print(heading(), flush=True)
+    clock = operations._library = Clock(operations._library)
+    chosen = [case for case in cases() if set(options.only.split()) <= set(case)]
+    print(table([HEADER, *(measured(*case, clock, options.seconds) for case in chosen)], False))
+
+
+def cases() -> Iterator[tuple[str, str]]:
+    """List the layers and shapes."""
+    for layer in layers.LAYERS:
+        for shape in layers.MAIN_SHAPES:
+            if layers.makes_sense(layers.Case("eager", layer, shape, "float32", True)):
+                yield layer, shape
+
+
+def measured(layer: str, shape: str, clock: Clock, seconds: float) -> tuple[str, ...]:
+    """Return a line of the table."""
+    sizes, axis = layers.SHAPES[shape]
+    engine = engines.active()
+    rng = np.random.default_rng(0)
+    x, dy = (engine.tensor(rng.standard_normal(sizes, "float32"), "float32") for _ in range(2))
+    use = {"training": True} if layer in layers.BATCH else {}
+    made = [make(axis=axis, dtype="float32") for make in layers.LAYERS[layer]]
+    for own in made:
+        own.build(sizes)
+    ours, other = (engine.layer_step(own, use, x, dy, "eager") for own in made)
+    rounds = []
+    end = time.perf_counter() + seconds
+    while len(rounds) < 10 or time.perf_counter() < end:
+        other()
+        clock.seconds.clear()
+        start = time.perf_counter()
+        ours()
+        spent = time.perf_counter() - start
+        backward = sum(clock.seconds.pop(name, 0.0) for name in BACKWARD)
+        rounds.append((spent, sum(clock.seconds.values()), backward))
+    step, forward, backward = (statistics.median(part) for part in zip(*rounds[2:], strict=True))
+    nbytes = int(np.prod(sizes)) * 4
+    stream = 5 * nbytes / streaming_bandwidth(nbytes, engine)
+    times = (step, forward, backward, step - forward - backward)
+    return layer, shape, *(f"{1e3 * t:.2f}" for t in times), f"{(forward + backward) / stream:.2f}"
+
+
+if __name__ == "__main__":
+    main()
