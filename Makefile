@@ -4,6 +4,7 @@ PYTHON        ?= python3
 KERAS_BACKEND ?= tensorflow
 KNOWN         := tensorflow jax torch
 BACKENDS      ?= $(KNOWN)
+BENCH         ?= layers
 VENV          := .venv
 SUITE_NEEDS   := $(KNOWN) dev examples
 
@@ -32,8 +33,8 @@ help:  ## list the targets
 demo: known-KERAS_BACKEND $(STAMPS)/$(KERAS_BACKEND) $(STAMPS)/examples  ## train on digits (KERAS_BACKEND=tensorflow|jax|torch)
 	KERAS_BACKEND=$(KERAS_BACKEND) TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python examples/digits.py
 
-bench: known-KERAS_BACKEND $(STAMPS)/$(KERAS_BACKEND) $(STAMPS)/examples  ## time the layers beside Keras' (KERAS_BACKEND=...)
-	KERAS_BACKEND=$(KERAS_BACKEND) TF_CPP_MIN_LOG_LEVEL=3 $(KEEP_MEMORY) $(BIN)/python benchmarks/layers.py $(ARGS)
+bench: known-KERAS_BACKEND $(STAMPS)/$(KERAS_BACKEND) $(STAMPS)/examples  ## time the layers beside Keras' (KERAS_BACKEND=..., BENCH=passes)
+	KERAS_BACKEND=$(KERAS_BACKEND) TF_CPP_MIN_LOG_LEVEL=3 $(KEEP_MEMORY) $(BIN)/python benchmarks/$(BENCH).py $(ARGS)
 
 test: known-BACKENDS $(SUITE_NEEDS:%=$(STAMPS)/%)  ## run the suite (BACKENDS="jax torch", ARGS="-k moments")
 	@$(BIN)/python tests/run_suite.py --backends="$(BACKENDS)" $(ARGS)

@@ -1,12 +1,12 @@
 """Time the passes in C within training steps of eager PyTorch: how much of a step they are.
 
-    KERAS_BACKEND=torch python benchmarks/passes.py [--only "BN conv"] [--seconds 1]
+    KERAS_BACKEND=torch make bench BENCH=passes [ARGS="--only 'BN conv' --seconds 1"]
 
-Before each step there is one of Keras' layer on the same tensors, so no cache holds anything of ours.
+Before each step there is one of Keras' layer on the same tensors, so no cache holds any of ours.
 `forward` and `backward` are the passes of the normalization and of its gradients; `beside` them is
-the rest of the step: Python, of ours and of Keras, and PyTorch's autograd. `x stream` is the time in
-the passes over that in which the best streaming pass of this process moves x, y, x, dy and dx, each
-once. Medians in ms. `make bench` says what environment keeps page faults out of this.
+the rest of the step: Python, of ours and of Keras, and PyTorch's autograd. `x stream` is the time
+in the passes over that in which the best streaming pass of this process moves x, y, x, dy and dx,
+each once. Medians in ms.
 """
 
 import argparse
