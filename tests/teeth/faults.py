@@ -226,9 +226,9 @@ FAULTS = {
         STATISTICS + " -k 'bad_channel and nan'",
     ),
     "biased for unbiased variance": Fault(
-        "layers/batch_statistics.py",
-        "return moments.unbiased_variance if self.unbiased else moments.variance",
-        "return moments.variance",
+        "core/estimators.py",
+        "fresh = batch.unbiased_variance if self.unbiased else batch.variance",
+        "fresh = batch.variance",
         STATISTICS + " -k variance_is_that_of_the_population",
     ),
     "filling of an uneven ghost counts": Fault(
@@ -282,7 +282,10 @@ FAULTS = {
         "layers/group_normalization.py", "(0, axis))", "(axis,))", FUZZ.format(6)
     ),
     "r_max that never rises": Fault(
-        "layers/batch_renormalization.py", "        self._count_step(known)\n", "", FUZZ.format(18)
+        "layers/batch_renormalization.py",
+        "self._count_step(self._average(batch, self.epsilon))",
+        "self._average(batch, self.epsilon)",
+        FUZZ.format(18),
     ),
     "moving variance below 0": Fault(
         "layers/batch_normalization.py",
@@ -396,7 +399,7 @@ if BACKEND == "torch":
             f"{COMPILED}merging.h", "[2 * n + j] + count * between", "[2 * n + j]", ONE_SIZE
         ),
         "statistics moved by what is not known": Fault(
-            f"{COMPILED}passes.c", "int is_known = m2[i] < INFINITY;", "int is_known = 1;", PAIR
+            f"{COMPILED}moving.h", "return m2 < INFINITY;", "return 1;", PAIR
         ),
         "NaN under a 0 summed": Fault(
             f"{COMPILED}lines.h",

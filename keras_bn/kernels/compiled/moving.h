@@ -6,6 +6,9 @@
 #include <math.h>
 #include <stdint.h>
 
+/* Say whether moments may be kept: deviations from a mean that is not finite are not, either. */
+static int is_known(float m2) { return m2 < INFINITY; }
+
 /* How much of what is kept stays, and what comes. */
 typedef struct {
     float old, fresh;

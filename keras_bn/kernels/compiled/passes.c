@@ -136,13 +136,13 @@ int keras_bn_move(const float *mean, const float *variance, const float *center,
     Shares shares = {(float)momentum, (float)(1 - momentum)};
     int are_any = 0;
     for (int64_t i = 0; i < number; i++) {
-        int is_known = m2[i] < INFINITY;
+        int is_moved = is_known(m2[i]);
         float fresh = m2[i] / (float)divisor;
         float spread = epsilon < 0 ? moved(variance[i], fresh, shares)
                                    : moved_by_root(variance[i], fresh, (float)epsilon, shares);
-        out[i] = is_known ? moved(mean[i], center[i] + offset[i], shares) : mean[i];
-        out[number + i] = is_known ? spread : variance[i];
-        are_any |= is_known;
+        out[i] = is_moved ? moved(mean[i], center[i] + offset[i], shares) : mean[i];
+        out[number + i] = is_moved ? spread : variance[i];
+        are_any |= is_moved;
     }
     return are_any;
 }
