@@ -3,10 +3,10 @@
     KERAS_BACKEND=torch make bench BENCH=passes [ARGS="--only 'BN conv' --seconds 1"]
 
 Before each step there is one of Keras' layer on the same tensors, so no cache holds any of ours.
-`forward` and `backward` are the passes of the normalization and of its gradients; `beside` them is
-the rest of the step: Python, of ours and of Keras, and PyTorch's autograd. `x stream` is the time
-in the passes over that in which the best streaming pass of this process moves x, y, x, dy and dx,
-each once. Medians in ms.
+`forward` are the passes of the normalization, with those that merge ghosts and move statistics,
+`backward` those of its gradients; `beside` them is the rest of the step: Python, of ours and of
+Keras, and PyTorch's autograd. `x stream` is the time in the passes over that in which the best
+streaming pass of this process moves x, y, x, dy and dx, each once. Medians in ms.
 """
 
 import argparse
@@ -20,11 +20,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import engines
+import keras
 import layers
 import numpy as np
 from measuring import heading, streaming_bandwidth, table
-
-from keras_bn.kernels.torch import operations
 
 BACKWARD = ("gradients", "products", "mapped_products", "combined")
 HEADER = ("layer", "shape", "step", "forward", "backward", "beside", "x stream")
@@ -56,6 +55,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help="words that a row's name must hold")
     parser.add_argument("--seconds", type=float, default=1.0, help="per row")
     options = parser.parse_args()
+    if keras.backend.backend() != "torch":
+        sys.exit("This times the passes in PyTorch: set KERAS_BACKEND=torch.")
+    from keras_bn.kernels.torch import operations  # other backends may be without PyTorch
+
     if operations._library is None:
         sys.exit("There are no passes: built without a compiler, or switched off.")
     print(heading(), flush=True)

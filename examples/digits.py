@@ -11,10 +11,10 @@ models and a picture of the learning curves.
 What to look for: at batch size 2, batch normalization normalizes by the statistics of two images
 and is tested with those of all; renormalization reconciles the two, and group normalization needs
 neither. At batch size 32 batch normalization starts late, since its moving statistics (momentum
-0.99) take most of the run to arrive. The two rows of BatchNormalization are the same at batch size
-32. At 2 they differ as two seeds do: in the dense layer the larger of two values becomes about 1
-and the other -1, and where they are close, rounding decides. By how much seeds differ is printed
-below the table.
+0.99) take most of the run to arrive. The two rows of BatchNormalization are all but the same at
+batch size 32. At 2 they differ about as two seeds do: in the dense layer the larger of two values
+becomes about 1 and the other -1, and where they are close, rounding decides. By how much seeds
+differ is printed below the table.
 """
 
 import argparse
@@ -44,8 +44,8 @@ NOTES = """
 accuracy, loss  on the test images, after the last epoch
 s/epoch         median without the first epoch, which may compile; with the test after each
 reload          largest difference of a probability, predicted here and in the new process
-At batch size 2 rounding changes as much as a seed does. {layer}, with seeds
-{seeds}: {accuracies}."""
+At batch size 2 rounding changes about as much as a seed does. {layer},
+with seeds {seeds}: {accuracies}."""
 
 TRAIN = 1_200
 BATCH_SIZES = (32, 2)

@@ -151,7 +151,7 @@ class BatchRenormalization(BatchStatistics):
         super().load_own_variables({**store, str(last): np.int32(0)} if missing_step else store)
 
     def _corrector(self, dtype: str) -> Correction:
-        mean, variance = (self._spread(v, dtype) for v in (self.moving_mean, self.moving_variance))
+        mean, variance = self._moving(dtype)
         given = self.limits()
         limits = given if is_static(given.rmax) else Limits(*(native.cast(v, dtype) for v in given))
         count = self._spread_count(self.moving_count, dtype)

@@ -191,6 +191,7 @@ class BatchStatistics(Normalization):
     def _stored(self, dtype: str) -> Affine:
         """Return the map of inference."""
         mean, variance = self._moving(dtype)
+        mean = native.snapshot(mean)  # it is saved for the gradient
         affine = Affine(mean, native.reciprocal(self._stddev(variance)), None)
         center, scale, shift = compose(affine, *self._learned(dtype))
         return Affine(center, scale, ops.zeros_like(scale) if shift is None else shift)
@@ -198,12 +199,11 @@ class BatchStatistics(Normalization):
     def _kept_moments(self, dtype: str) -> Moments:
         """Return the moving statistics as the moments of one element, to go with the input."""
         mean, variance = self._moving(dtype)
-        return Moments(1, mean, ops.zeros_like(mean), variance)
+        return Moments(1, native.snapshot(mean), ops.zeros_like(mean), variance)
 
     def _moving(self, dtype: str) -> tuple[Tensor, Tensor]:
         """Return moving mean and moving variance, to go with the input."""
-        mean, variance = (self._spread(v, dtype) for v in (self.moving_mean, self.moving_variance))
-        return native.snapshot(mean), variance  # the mean is saved for the gradient
+        return self._spread(self.moving_mean, dtype), self._spread(self.moving_variance, dtype)
 
     def _stddev(self, variance: Tensor) -> Tensor:
         return native.sqrt(variance + self.epsilon)
