@@ -51,6 +51,14 @@ INLINED const float *widened(const char *data, int type, int64_t n, float *room)
     return room;
 }
 
+/* Bytes that have to be fetched ahead for memory to be there in time; those of a line of a cache. */
+enum { AHEAD = 4096, CACHE_LINE = 64 };
+
+/* Fetch some bytes, before they are read. */
+INLINED void fetch(const void *data, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += CACHE_LINE) __builtin_prefetch((const char *)data + i);
+}
+
 INLINED void narrow(char *data, int type, int64_t n, const float *wide) {
     if (type == BFLOAT) {
         uint16_t *found = (uint16_t *)data;
@@ -257,16 +265,11 @@ INLINED Ends squares_line(const float *restrict x, int64_t n) {
 #undef ONE_AT
 }
 
-/* Fetch n elements, before they are read. */
-INLINED void fetch(const float *data, int64_t n) {
-    for (int64_t j = 0; j < n; j += LANES) __builtin_prefetch(data + j);
-}
-
 /* Fetch what comes next along some rows, n elements of which are read: short pieces of rows that are
    apart, a processor does not foresee. */
 INLINED void fetch_along(const float *x, int64_t step, int rows, int64_t n) {
     int64_t ahead = n < FEW * LANES ? FEW * LANES : n;
-    for (int i = 0; i < rows; i++) fetch(x + i * step + ahead, n);
+    for (int i = 0; i < rows; i++) fetch(x + i * step + ahead, n * (int64_t)sizeof *x);
 }
 
 INLINED Ends products_line(const float *restrict x, const float *restrict dy, int64_t n,
@@ -308,23 +311,19 @@ INLINED Ends mapped_products_line(const float *restrict x, const float *restrict
    row. In what order columns go through the rows, a processor does not foresee: what takes the place
    of some of them in the next block is fetched ahead. */
 
-/* Which columns a block has: from which on, and of how many; of none where it is no memory. */
+/* What is fetched lies so far `ahead` of a block; of its `all` columns those `from` on take the place
+   of what is read. There are none where a block is no memory. */
 typedef struct {
-    int64_t from, all;
-} Columns;
-
-/* Elements that have to be fetched ahead for memory to be there in time. */
-enum { AHEAD = 1024 };
+    int64_t ahead, from, all;
+} Next;
 
 /* Fetch as much of what comes next as some columns from j on have, in the order of memory where
    rows are without gaps. */
-INLINED void fetch_next(const float *block, int64_t step, int rows, Columns columns, int64_t j) {
-    if (!columns.all) return;
-    int is_dense = step == columns.all;
-    int64_t size = rows * step;
-    const float *next = block + (is_dense && size < AHEAD ? AHEAD : size);
-    next += is_dense ? (columns.from + j) * rows - columns.from : j;
-    for (int i = 0; i < rows; i++) __builtin_prefetch(next + i * (is_dense ? LANES : step));
+INLINED void fetch_next(const float *block, int64_t step, int rows, Next next, int64_t j) {
+    int is_dense = step == next.all;
+    const float *data = block + next.ahead + (is_dense ? (next.from + j) * rows - next.from : j);
+    for (int i = 0; next.all && i < rows; i++)
+        __builtin_prefetch(data + i * (is_dense ? LANES : step));
 }
 
 /* `fetch(j)` goes before so many columns; `column(j)` is one. */
@@ -359,8 +358,8 @@ INLINED void moments_column(const float *x, int64_t step, int rows, double own, 
 
 INLINED void moments_block(const float *restrict x, int64_t step, int rows, int64_t n, int weight,
                            const float *restrict w, const float *restrict pivot,
-                           double *restrict first, double *restrict second, Columns columns) {
-#define FETCH(j) fetch_next(x, step, rows, columns, j)
+                           double *restrict first, double *restrict second, Next next) {
+#define FETCH(j) fetch_next(x, step, rows, next, j)
 #define COLUMN_AT(j)                                                                      \
     moments_column(x + j, step, rows, weight ? OF(w, weight) : 1, pivot[j], first + j,    \
                    second + j)
@@ -378,9 +377,10 @@ INLINED void products_column(const float *x, int64_t step, const float *dy, int6
 
 INLINED void products_block(const float *restrict x, int64_t step, const float *restrict dy,
                             int64_t dy_step, int rows, int64_t n, const float *restrict center,
-                            double *restrict first, double *restrict second, Columns columns) {
+                            double *restrict first, double *restrict second, Next next_x,
+                            Next next_dy) {
 #define FETCH(j)                                                                          \
-    (fetch_next(x, step, rows, columns, j), fetch_next(dy, dy_step, rows, columns, j))
+    (fetch_next(x, step, rows, next_x, j), fetch_next(dy, dy_step, rows, next_dy, j))
 #define COLUMN_AT(j)                                                                      \
     products_column(x + j, step, dy + j, dy_step, rows, center[j], first + j, second + j)
     BY_COLUMNS(n, FETCH, COLUMN_AT)

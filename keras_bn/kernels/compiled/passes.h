@@ -7,25 +7,42 @@
 
 #include "job.h"
 
-/* A piece of one line, or of as many as there are rows; from row to row an operand is `apart`. Of
-   the `all` elements of a line it has n, after the `start`. */
+/* A piece of one line, or of as many as there are rows; from row to row an operand is `apart`, and
+   what comes after these lines is so far `ahead`, if that is known. Of the `all` elements of a line
+   it has n, after the `start`. */
 typedef struct {
-    const int64_t *at, *apart;
+    const int64_t *at, *apart, *ahead;
     int rows;
     int64_t n, start, all;
 } Piece;
 
-/* Return lines in float32, from memory or from a room for them, and the step from one to the
-   next. */
+/* Return how far ahead of a piece to fetch [elements]: so many blocks that there is time. */
+INLINED int64_t distance_of(const Job *job, const Piece *piece, int operand) {
+    int64_t bytes = piece->rows * piece->all * WIDTH[job->types[operand]];
+    return piece->ahead ? piece->ahead[operand] * ((AHEAD + bytes - 1) / bytes) : 0;
+}
+
+/* Return lines in float32, from memory or from a room for them, and the step from one to the next.
+   Where they are widened, what comes next is fetched. */
 INLINED const float *lines_of(const Job *job, int operand, const Piece *piece, float *room,
                               int64_t *step) {
     int type = job->types[operand];
-    const char *data = job->big[operand] + piece->at[operand] * WIDTH[type];
+    int64_t width = WIDTH[type], apart = piece->apart[operand] * width, n = piece->n;
+    const char *data = job->big[operand] + piece->at[operand] * width;
     *step = type == FLOAT ? piece->apart[operand] : SHORT;
     if (type == FLOAT) return (const float *)data;
-    for (int i = 0; i < piece->rows; i++)
-        widened(data + i * piece->apart[operand] * WIDTH[type], type, piece->n, room + i * SHORT);
+    int64_t ahead = distance_of(job, piece, operand) * width;
+    for (int i = 0; i < piece->rows; i++, data += apart) {
+        if (ahead) fetch(data + ahead, n * width);
+        widened(data, type, n, room + i * SHORT);
+    }
     return room;
+}
+
+/* Return what to fetch ahead of lines in memory. */
+INLINED Next next_of(const Job *job, const Piece *piece, int operand) {
+    int is_memory = piece->ahead && job->types[operand] == FLOAT;
+    return (Next){distance_of(job, piece, operand), piece->start, is_memory ? piece->all : 0};
 }
 
 /* Return the pivot of a sum whose first element is x. */
@@ -43,12 +60,11 @@ INLINED void sum_piece(Job *job, const Piece *piece, int part, Pass pass, int ce
     const float *w = weight ? job->weights + piece->at[WEIGHT] : 0, *center = job->center + at;
     double *first = job->cells.sums + part * job->cells.copy + at - job->cells.first;
     double *second = first + job->cells.number;
-    int is_memory = x != x_room && dy != dy_room; /* and not what was widened */
-    Columns columns = {piece->start, is_memory ? piece->all : 0};
+    Next next_x = next_of(job, piece, X), next_dy = next_of(job, piece, DY);
     if (pass == MOMENTS && cell == MANY)
-        moments_block(x, step, rows, n, weight, w, center, first, second, columns);
+        moments_block(x, step, rows, n, weight, w, center, first, second, next_x);
     if (pass == PRODUCTS && cell == MANY)
-        products_block(x, step, dy, dy_step, rows, n, center, first, second, columns);
+        products_block(x, step, dy, dy_step, rows, n, center, first, second, next_x, next_dy);
     Ends ends[ROWS];
     for (int i = 0; pass == MOMENTS && cell == ONE && job->is_first && i < rows; i++)
         job->center[at + i * apart] = pivot_of(job, x[i * step]);
@@ -64,6 +80,7 @@ INLINED void sum_piece(Job *job, const Piece *piece, int part, Pass pass, int ce
     if (pass != MAPPED_PRODUCTS) return;
     const float *scale = job->scale + at, *shift = job->shift + at, one = 1;
     const float *gamma = job->gamma + piece->at[COLUMN];
+    int is_memory = x != x_room && dy != dy_room; /* and not what was widened */
     if (is_memory && step > n) fetch_along(x, step, rows, n), fetch_along(dy, dy_step, rows, n);
     double *sums = job->columns.sums + part * job->columns.copy + piece->at[COLUMN];
     for (int i = 0; i < rows && cell == MANY; i++)
@@ -143,30 +160,30 @@ INLINED int is_blocked(const Nest *nest, Pass pass, int cell, int weight) {
 }
 
 /* Go through the pieces of lines, of up to `most` elements. */
-INLINED void pieces_of(Job *job, const int64_t *from, const int64_t *apart, int rows,
-                       int64_t length, int64_t most, int part, Pass pass, int cell, int column,
-                       int weight) {
+INLINED void pieces_of(Job *job, const Piece *whole, int64_t most, int part, Pass pass, int cell,
+                       int column, int weight) {
     int is_along[] = {1, 1, 1, weight == MANY, cell == MANY, column == MANY};
     int64_t at[OPERANDS];
-    memcpy(at, from, sizeof at);
-    for (int64_t start = 0; start < length; start += most) {
-        int64_t n = length - start < most ? length - start : most;
-        go(job, &(Piece){at, apart, rows, n, start, length}, part, pass, cell, column, weight);
-        for (int o = 0; o < OPERANDS; o++) at[o] += is_along[o] * n;
+    memcpy(at, whole->at, sizeof at);
+    Piece piece = *whole;
+    for (piece.at = at; piece.start < whole->all; piece.start += most) {
+        int64_t left = whole->all - piece.start;
+        piece.n = left < most ? left : most;
+        go(job, &piece, part, pass, cell, column, weight);
+        for (int o = 0; o < OPERANDS; o++) at[o] += is_along[o] * piece.n;
     }
 }
 
-/* Lines that follow each other, one or ROWS of them. */
+/* Lines that follow each other, one or ROWS of them; what comes after them is so far `ahead`. */
 typedef struct {
-    Walk walk;
-    int64_t line, at[OPERANDS], apart[OPERANDS];
+    Walk walk; /* at the turn after that of these lines */
+    int64_t line, at[OPERANDS], apart[OPERANDS], ahead[DY + 1];
     int rows;
 } Block;
 
 /* Return what stands before the first block of a walk. */
 INLINED Block before(Walk walk) {
-    Block block = {.walk = walk};
-    memcpy(block.at, walk.at, sizeof block.at);
+    Block block = {.walk = walk, .line = walk.lines};
     for (int o = 0; o < OPERANDS; o++) block.apart[o] = walk.nest->stride[o][walk.nest->rank - 2];
     return block;
 }
@@ -177,12 +194,23 @@ INLINED int next_block(Block *block, int is_wanted) {
     for (int o = 0; o < OPERANDS; o++) block->at[o] += block->rows * block->apart[o];
     block->line += block->rows;
     if (block->line == walk->lines) {
-        next_turn(walk);
+        if (!walk->left || !walk->lines) return 0;
         memcpy(block->at, walk->at, sizeof block->at);
+        next_turn(walk);
         block->line = 0;
     }
-    block->rows = is_wanted && walk->lines - block->line >= ROWS ? ROWS : 1;
-    return walk->left > 0;
+    int64_t left = walk->lines - block->line;
+    block->rows = is_wanted && left >= ROWS ? ROWS : 1;
+    /* After the last lines of only one turn there may be others, of another part. */
+    int is_last = left == block->rows && walk->nest->rank > 2;
+    for (int o = X; o <= DY; o++)
+        block->ahead[o] = is_last ? walk->at[o] - block->at[o] : block->rows * block->apart[o];
+    return 1;
+}
+
+/* Return a block as a piece, of lines of n elements. */
+INLINED Piece piece_of(const Block *block, int64_t n) {
+    return (Piece){block->at, block->apart, block->ahead, block->rows, n, 0, n};
 }
 
 /* Go through the lines of a walk. */
@@ -192,9 +220,14 @@ INLINED void lines_of_walk(Job *job, Walk walk, int part, Pass pass, int cell, i
     int64_t n = nest->size[nest->rank - 1];
     int is_block = is_blocked(nest, pass, cell, weight);
     for (Block block = before(walk); next_block(&block, is_block);) {
-        if (block.rows == ROWS)
-            pieces_of(job, block.at, block.apart, ROWS, n, SHORT, part, pass, cell, column, weight);
-        else pieces_of(job, block.at, block.apart, 1, n, LINE, part, pass, cell, column, weight);
+        Piece piece = piece_of(&block, n);
+        if (block.rows == ROWS) {
+            piece.rows = ROWS;
+            pieces_of(job, &piece, SHORT, part, pass, cell, column, weight);
+        } else {
+            piece.rows = 1;
+            pieces_of(job, &piece, LINE, part, pass, cell, column, weight);
+        }
     }
 }
 

@@ -46,20 +46,21 @@ INLINED void normalize_line(Job *job, const int64_t *at, const float *x, float *
 
 /* Normalize lines one by one. Several, of which the results are narrowed, are widened and narrowed
    together, or each line would wait for its own. */
-INLINED void normalize_lines(Job *job, const int64_t *from, const int64_t *apart, int rows,
-                             int64_t n, double share, int is_centered, int column) {
+INLINED void normalize_lines(Job *job, const Piece *lines, double share, int is_centered,
+                             int column) {
     float room[LINE];
     Rooms rooms;
     char *targets[ROWS];
     float *y[ROWS];
-    int64_t step, at[OPERANDS];
-    memcpy(at, from, sizeof at);
-    const float *x = lines_of(job, X, &(Piece){from, apart, rows, n, 0, n}, room, &step);
+    int rows = lines->rows;
+    int64_t n = lines->n, step, at[OPERANDS];
+    memcpy(at, lines->at, sizeof at);
+    const float *x = lines_of(job, X, lines, room, &step);
     for (int i = 0; i < rows; i++) {
         targets[i] = job->big[Y] + at[Y] * WIDTH[job->types[Y]];
         y[i] = line_for(job, targets[i], &rooms) + (rows == 1 ? 0 : i * SHORT);
         normalize_line(job, at, x + i * step, y[i], n, share, is_centered, column);
-        for (int o = 0; o < OPERANDS; o++) at[o] += apart[o];
+        for (int o = 0; o < OPERANDS; o++) at[o] += lines->apart[o];
     }
     for (int i = 0; i < rows; i++) put(job, targets[i], n, y[i], &rooms);
 }
@@ -70,38 +71,43 @@ INLINED void normalize_by_rows(Job *job, int64_t first, int64_t last, int is_cen
     /* Wide results go line by line: so a processor reads the next while it writes this one. */
     int is_block = job->types[Y] != FLOAT && n <= SHORT;
     for (Block block = before(walk_of(&job->nest, first, last)); next_block(&block, is_block);) {
-        if (block.rows == ROWS)
-            normalize_lines(job, block.at, block.apart, ROWS, n, share, is_centered, column);
-        else normalize_lines(job, block.at, block.apart, 1, n, share, is_centered, column);
+        Piece lines = piece_of(&block, n);
+        if (lines.rows == ROWS) {
+            lines.rows = ROWS;
+            normalize_lines(job, &lines, share, is_centered, column);
+        } else {
+            lines.rows = 1;
+            normalize_lines(job, &lines, share, is_centered, column);
+        }
     }
 }
 
 /* Fetch the line of the next block that takes the place of one, while there is time: all that is
-   read now lies in the cache. What is widened is read as it lies in memory, which a processor
-   foresees. */
-INLINED void fetch_line(const Job *job, const int64_t *at, const int64_t *apart, int64_t n) {
-    int is_wide = job->types[X] == FLOAT && job->types[DY] == FLOAT;
-    for (int o = X; o <= DY && job->is_past_caches && is_wide; o++)
-        fetch((const float *)job->big[o] + at[o] + ROWS * apart[o], n);
+   read now lies in the cache. What is widened was fetched when it was. */
+INLINED void fetch_line(const Job *job, const Piece *lines, const int64_t *at) {
+    for (int o = X; o <= DY && job->is_past_caches; o++)
+        if (job->types[o] == FLOAT)
+            fetch((const float *)job->big[o] + at[o] + lines->ahead[o], lines->n * WIDTH[FLOAT]);
 }
 
 /* Sum several lines, which have the sums for themselves, and map them. */
-INLINED void differentiate_lines(Job *job, const int64_t *block, const int64_t *apart, int rows,
-                                 int64_t length, int64_t most, int part, Pass sum, int column) {
-    int64_t at[OPERANDS];
-    memcpy(at, block, sizeof at);
+INLINED void differentiate_lines(Job *job, const Piece *lines, int64_t most, int part, Pass sum,
+                                 int column) {
+    int rows = lines->rows;
+    int64_t at[OPERANDS], from = lines->at[CELL], to = from + rows;
+    memcpy(at, lines->at, sizeof at);
     double sums[2 * ROWS] = {0};
     float work[WORKS * ROWS];
-    int64_t from = at[CELL], to = from + rows;
     job->cells = (Sums){sums, from, ROWS, 0};
     place(job, work, from, ROWS);
-    pieces_of(job, at, apart, rows, length, most, part, sum, ONE, column, ABSENT);
+    pieces_of(job, lines, most, part, sum, ONE, column, ABSENT);
     job->finish(job, from, to, part);
     if (sum == PRODUCTS) add_to_columns(job, from, to, 0, job->columns.number, part);
+    Piece line = {at, lines->apart, NULL, 1, lines->n, 0, lines->n};
     for (int i = 0; i < rows; i++) {
-        if (rows == ROWS) fetch_line(job, at, apart, length);
-        pieces_of(job, at, apart, 1, length, most, part, COMBINED, ONE, column, ABSENT);
-        for (int o = 0; o < OPERANDS; o++) at[o] += apart[o];
+        if (rows == ROWS) fetch_line(job, lines, at);
+        pieces_of(job, &line, most, part, COMBINED, ONE, column, ABSENT);
+        for (int o = 0; o < OPERANDS; o++) at[o] += lines->apart[o];
     }
 }
 
@@ -112,12 +118,14 @@ INLINED void differentiate_by_rows(Job *job, int64_t first, int64_t last, int pa
     /* What is widened goes in pieces that there is room for; else a line stays in one. */
     int is_wide = job->types[X] == FLOAT && job->types[DY] == FLOAT;
     for (Block block = before(walk_of(&job->nest, first, last)); next_block(&block, is_block);) {
-        const int64_t *at = block.at, *apart = block.apart;
-        if (block.rows == ROWS && is_wide)
-            differentiate_lines(job, at, apart, ROWS, n, LINE, part, sum, column);
-        else if (block.rows == ROWS)
-            differentiate_lines(job, at, apart, ROWS, n, SHORT, part, sum, column);
-        else differentiate_lines(job, at, apart, 1, n, LINE, part, sum, column);
+        Piece lines = piece_of(&block, n);
+        if (lines.rows == ROWS) {
+            lines.rows = ROWS;
+            differentiate_lines(job, &lines, is_wide ? LINE : SHORT, part, sum, column);
+        } else {
+            lines.rows = 1;
+            differentiate_lines(job, &lines, LINE, part, sum, column);
+        }
     }
 }
 
