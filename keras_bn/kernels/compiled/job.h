@@ -65,7 +65,7 @@ enum { MORE = 4 };
 
 /* Elements that stay in a core's cache beside as many others; bytes that stay in none until they
    are read again; elements that are not worth a thread of a runtime, or waking a helper. */
-enum { CHUNK = 1 << 14, LARGE = 1 << 23, SMALL = 1 << 15, MODERATE = 1 << 17 };
+enum { CHUNK = 1 << 15, LARGE = 1 << 23, SMALL = 1 << 15, MODERATE = 1 << 17 };
 
 /* Say whether each turn of the outermost loop has sets of its own, side by side among all. */
 static int are_apart(const Job *job) {

@@ -237,11 +237,11 @@ INLINED void pass_of(Job *job, int64_t from, int64_t to, int part, Pass pass, in
                      int weight) {
     const Nest *nest = &job->nest;
     /* Where the lines of a turn have columns of their own, those of one place in several turns
-       have them in common. */
+       have them in common; of many turns they would take each other's place in the cache. */
     int is_turned = pass == MAPPED_PRODUCTS && nest->stride[COLUMN][nest->rank - 2]
         && !nest->stride[COLUMN][0];
     Nest turned;
-    int64_t most = is_turned ? job->many : to - from;
+    int64_t most = is_turned ? 2 * ROWS : to - from;
     for (int64_t last; from < to; from = last) {
         last = to - from > most ? from + most : to;
         if (is_turned) turned = turned_nest(nest, last - from);

@@ -85,7 +85,7 @@ INLINED void normalize_by_rows(Job *job, int64_t first, int64_t last, int is_cen
 /* Fetch the line of the next block that takes the place of one, while there is time: all that is
    read now lies in the cache. What is widened was fetched when it was. */
 INLINED void fetch_line(const Job *job, const Piece *lines, const int64_t *at) {
-    for (int o = X; o <= DY && job->is_past_caches; o++)
+    for (int o = X; o <= DY && job->is_past_caches && lines->ahead; o++)
         if (job->types[o] == FLOAT)
             fetch((const float *)job->big[o] + at[o] + lines->ahead[o], lines->n * WIDTH[FLOAT]);
 }
@@ -111,15 +111,35 @@ INLINED void differentiate_lines(Job *job, const Piece *lines, int64_t most, int
     }
 }
 
+/* Do that with several short lines that are widened once for both; `wide` is the job on what that
+   makes. */
+INLINED void differentiate_widened(const Job *job, Job *wide, const Piece *lines, int part,
+                                   Pass sum, int column) {
+    float x_room[LINE], dy_room[LINE];
+    int64_t at[OPERANDS], apart[OPERANDS];
+    memcpy(at, lines->at, sizeof at);
+    memcpy(apart, lines->apart, sizeof apart);
+    wide->big[X] = (char *)lines_of(job, X, lines, x_room, &apart[X]);
+    wide->big[DY] = (char *)lines_of(job, DY, lines, dy_room, &apart[DY]);
+    at[X] = at[DY] = 0;
+    differentiate_lines(wide, &(Piece){at, apart, NULL, ROWS, lines->n, 0, lines->n}, SHORT, part,
+                        sum, column);
+}
+
 INLINED void differentiate_by_rows(Job *job, int64_t first, int64_t last, int part, Pass sum,
                                    int column) {
     int64_t n = job->nest.size[job->nest.rank - 1];
     int is_block = n <= SHORT || sum == MAPPED_PRODUCTS;
     /* What is widened goes in pieces that there is room for; else a line stays in one. */
     int is_wide = job->types[X] == FLOAT && job->types[DY] == FLOAT;
+    Job wide = *job;
+    wide.types[X] = wide.types[DY] = FLOAT;
     for (Block block = before(walk_of(&job->nest, first, last)); next_block(&block, is_block);) {
         Piece lines = piece_of(&block, n);
-        if (lines.rows == ROWS) {
+        if (lines.rows == ROWS && n <= SHORT && !is_wide) {
+            lines.rows = ROWS;
+            differentiate_widened(job, &wide, &lines, part, sum, column);
+        } else if (lines.rows == ROWS) {
             lines.rows = ROWS;
             differentiate_lines(job, &lines, is_wide ? LINE : SHORT, part, sum, column);
         } else {
