@@ -208,9 +208,9 @@ INLINED int next_block(Block *block, int is_wanted) {
     return 1;
 }
 
-/* Return a block as a piece, of lines of n elements. */
-INLINED Piece piece_of(const Block *block, int64_t n) {
-    return (Piece){block->at, block->apart, block->ahead, block->rows, n, 0, n};
+/* Return a block as a piece, of lines of n elements; its rows are told, as a constant. */
+INLINED Piece piece_of(const Block *block, int rows, int64_t n) {
+    return (Piece){block->at, block->apart, block->ahead, rows, n, 0, n};
 }
 
 /* Go through the lines of a walk. */
@@ -220,14 +220,9 @@ INLINED void lines_of_walk(Job *job, Walk walk, int part, Pass pass, int cell, i
     int64_t n = nest->size[nest->rank - 1];
     int is_block = is_blocked(nest, pass, cell, weight);
     for (Block block = before(walk); next_block(&block, is_block);) {
-        Piece piece = piece_of(&block, n);
-        if (block.rows == ROWS) {
-            piece.rows = ROWS;
-            pieces_of(job, &piece, SHORT, part, pass, cell, column, weight);
-        } else {
-            piece.rows = 1;
-            pieces_of(job, &piece, LINE, part, pass, cell, column, weight);
-        }
+        Piece several = piece_of(&block, ROWS, n), one = piece_of(&block, 1, n);
+        if (block.rows == ROWS) pieces_of(job, &several, SHORT, part, pass, cell, column, weight);
+        else pieces_of(job, &one, LINE, part, pass, cell, column, weight);
     }
 }
 

@@ -71,14 +71,9 @@ INLINED void normalize_by_rows(Job *job, int64_t first, int64_t last, int is_cen
     /* Wide results go line by line: so a processor reads the next while it writes this one. */
     int is_block = job->types[Y] != FLOAT && n <= SHORT;
     for (Block block = before(walk_of(&job->nest, first, last)); next_block(&block, is_block);) {
-        Piece lines = piece_of(&block, n);
-        if (lines.rows == ROWS) {
-            lines.rows = ROWS;
-            normalize_lines(job, &lines, share, is_centered, column);
-        } else {
-            lines.rows = 1;
-            normalize_lines(job, &lines, share, is_centered, column);
-        }
+        Piece several = piece_of(&block, ROWS, n), one = piece_of(&block, 1, n);
+        if (block.rows == ROWS) normalize_lines(job, &several, share, is_centered, column);
+        else normalize_lines(job, &one, share, is_centered, column);
     }
 }
 
@@ -111,7 +106,7 @@ INLINED void differentiate_lines(Job *job, const Piece *lines, int64_t most, int
     }
 }
 
-/* Do that with several short lines that are widened once for both; `wide` is the job on what that
+/* Do that with several short lines, which are widened once for both; `wide` is the job on what that
    makes. */
 INLINED void differentiate_widened(const Job *job, Job *wide, const Piece *lines, int part,
                                    Pass sum, int column) {
@@ -135,17 +130,11 @@ INLINED void differentiate_by_rows(Job *job, int64_t first, int64_t last, int pa
     Job wide = *job;
     wide.types[X] = wide.types[DY] = FLOAT;
     for (Block block = before(walk_of(&job->nest, first, last)); next_block(&block, is_block);) {
-        Piece lines = piece_of(&block, n);
-        if (lines.rows == ROWS && n <= SHORT && !is_wide) {
-            lines.rows = ROWS;
-            differentiate_widened(job, &wide, &lines, part, sum, column);
-        } else if (lines.rows == ROWS) {
-            lines.rows = ROWS;
-            differentiate_lines(job, &lines, is_wide ? LINE : SHORT, part, sum, column);
-        } else {
-            lines.rows = 1;
-            differentiate_lines(job, &lines, LINE, part, sum, column);
-        }
+        Piece several = piece_of(&block, ROWS, n), one = piece_of(&block, 1, n);
+        if (block.rows != ROWS) differentiate_lines(job, &one, LINE, part, sum, column);
+        else if (is_wide) differentiate_lines(job, &several, LINE, part, sum, column);
+        else if (n > SHORT) differentiate_lines(job, &several, SHORT, part, sum, column);
+        else differentiate_widened(job, &wide, &several, part, sum, column);
     }
 }
 
