@@ -107,6 +107,14 @@ def test_the_output_may_have_another_dtype(shape, axes, varied, given, asked):
     compare_output(y.double().numpy(), x.astype("float64"), *learned, axes, asked)
 
 
+@every_case
+@pytest.mark.parametrize(("given", "sloped"), MIXED, ids=map("-".join, MIXED))
+def test_the_slope_may_have_another_dtype(shape, axes, varied, given, sloped):
+    narrow = sloped if given == "float32" else given
+    x, dy, *learned = drawn(shape, axes, varied, 0.5, narrow)
+    check(x.astype(given), dy.astype(sloped), *learned, axes, dtype=given)
+
+
 LAYOUTS = {
     "reversed": lambda part: (
         part.permute(*range(part.ndim)[::-1]).contiguous().permute(*range(part.ndim)[::-1])

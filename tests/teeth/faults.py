@@ -419,6 +419,9 @@ if BACKEND == "torch":
             "",
             EVERYWHERE,
         ),
+        "lines that are widened read as they were": Fault(
+            f"{COMPILED}rows.h", "wide.types[X] = wide.types[DY] = FLOAT;", "", EVERYWHERE
+        ),
         "operations of ours in what is exported": Fault(
             "kernels/torch/tracing.py",
             "and not torch.compiler.is_exporting()",

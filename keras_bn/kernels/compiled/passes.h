@@ -201,7 +201,7 @@ INLINED int next_block(Block *block, int is_wanted) {
     }
     int64_t left = walk->lines - block->line;
     block->rows = is_wanted && left >= ROWS ? ROWS : 1;
-    /* After the last lines of only one turn there may be others, of another part. */
+    /* A nest of two loops has one turn: after its last lines come those of another part. */
     int is_last = left == block->rows && walk->nest->rank > 2;
     for (int o = X; o <= DY; o++)
         block->ahead[o] = is_last ? walk->at[o] - block->at[o] : block->rows * block->apart[o];

@@ -106,7 +106,7 @@ INLINED void differentiate_lines(Job *job, const Piece *lines, int64_t most, int
     }
 }
 
-/* Do that with several short lines, which are widened once for both; `wide` is the job on what that
+/* The same of several short lines, widened once for sums and maps; `wide` is the job on what that
    makes. */
 INLINED void differentiate_widened(const Job *job, Job *wide, const Piece *lines, int part,
                                    Pass sum, int column) {
