@@ -77,12 +77,14 @@ INLINED void normalize_by_rows(Job *job, int64_t first, int64_t last, int is_cen
     }
 }
 
-/* Fetch the line of the next block that takes the place of one, while there is time: all that is
-   read now lies in the cache. What is widened was fetched when it was. */
+/* Fetch the line of a block ahead that takes the place of one, while there is time: all that is read
+   now lies in the cache. What is widened was fetched when it was. */
 INLINED void fetch_line(const Job *job, const Piece *lines, const int64_t *at) {
-    for (int o = X; o <= DY && job->is_past_caches && lines->ahead; o++)
-        if (job->types[o] == FLOAT)
-            fetch((const float *)job->big[o] + at[o] + lines->ahead[o], lines->n * WIDTH[FLOAT]);
+    for (int o = X; o <= DY && job->is_past_caches; o++) {
+        int64_t ahead = distance_of(job, lines, o);
+        if (ahead && job->types[o] == FLOAT)
+            fetch((const float *)job->big[o] + at[o] + ahead, lines->n * WIDTH[FLOAT]);
+    }
 }
 
 /* Sum several lines, which have the sums for themselves, and map them. */
@@ -101,7 +103,7 @@ INLINED void differentiate_lines(Job *job, const Piece *lines, int64_t most, int
     Piece line = {at, lines->apart, NULL, 1, lines->n, 0, lines->n};
     for (int i = 0; i < rows; i++) {
         if (rows == ROWS) fetch_line(job, lines, at);
-        pieces_of(job, &line, most, part, COMBINED, ONE, column, ABSENT);
+        go(job, &line, part, COMBINED, ONE, column, ABSENT);
         for (int o = 0; o < OPERANDS; o++) at[o] += lines->apart[o];
     }
 }
