@@ -230,7 +230,7 @@ def test_dtypes_are_those_of_the_contract(name, given, asked, summed):
 
 
 @pytest.mark.parametrize("mode", modes.FORWARD)
-@pytest.mark.parametrize("shape", [(0, 3), (0, 5, 3), (4, 0, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3), (0, 5, 3), (0, 31, 3), (4, 0, 3)], ids=str)
 def test_an_empty_batch_has_count_0_and_finite_moments(mode, shape):
     _, found = run(np.zeros(shape, "float32"), len(shape) - 1, mode=mode)
     assert np.array_equal(found.count.ravel(), [0, 0, 0])

@@ -66,6 +66,21 @@ def test_weighted_variance_is_within_the_bound_in_every_mode(mode):
 
 
 @pytest.mark.parametrize("mode", modes.EXTREMES)
+@pytest.mark.parametrize("size", [17, 1001])
+def test_what_a_count_loses_is_not_multiplied(mode, size):
+    rng = np.random.default_rng(size)
+    weights = rng.uniform(0.1, 3, (size, 64, 1)) * (rng.uniform(size=(size, 64, 1)) < 0.5)
+    x, weights = hard.channels((size, 64, 16), 1), weights.astype("float32")
+    # Sums may be about the first element, here two to three deviations off.
+    weights[0] = 1.3
+    x[0] = x.mean(0) + np.linspace(2, 3, 16, dtype="float32") * x.std(0)
+    exact = reference.moments(x, (0,), weights)
+    found = moments(kernels, mode, x, weights, axes=(0,))
+    assert hard.share(found.count - exact.count, 1.1 * U * exact.count) <= 1
+    assert hard.share(found.variance - exact.variance, hard.variance_bound(exact, U)) <= 1
+
+
+@pytest.mark.parametrize("mode", modes.EXTREMES)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_weighted_variance_is_within_the_bound_of_the_dtype(mode, dtype):
     x = hard.channels(SHAPE, 2, dtype)

@@ -60,6 +60,14 @@ UNMASKED_GRADIENT = {
         "dx = dx.astype(pivot.dtype)",
     ),
 }[IS_JAX]
+COUNT_IN_FLOAT32 = {
+    False: (
+        STEPS,
+        'self.passes.total(ops.cast(weights, "float64"), None, axes)',
+        'ops.cast(self.passes.total(weights, None, axes), "float64")',
+    ),
+    True: (JAX, "count = exact_sum_over(", "count = sum_over("),
+}[IS_JAX]
 CENTER_LATE = {
     "tensorflow": (
         PASSES,
@@ -92,6 +100,7 @@ FAULTS = {
     # The kernels.
     "variance as a difference of mean squares": Fault(*DIFFERENCE_OF_SQUARES, FUZZ.format(4)),
     "mask not applied in the gradient": Fault(*UNMASKED_GRADIENT, FUZZ.format(18)),
+    "digits of a count lost": Fault(*COUNT_IN_FLOAT32, WEIGHTS + " -k multiplied"),
     "center subtracted after scaling": Fault(*CENTER_LATE, CONTRACT),
     "what lies under a mask is multiplied by 0": Fault(
         "kernels/active.py", "x = x if weights is None else harmless(x, weights)", "", WEIGHTS

@@ -24,7 +24,7 @@ typedef struct {
 } Found;
 
 /* 12 of 53 bits may go; but what is lost of a count in float32 is lost here, too. */
-enum { EXACT = 1 << 12, INEXACT = 8 };
+enum { EXACT = 1 << 12, INEXACT = 4 };
 
 /* Return the moments of a cell from its sums about a pivot. */
 INLINED Found found_of(double first, double second, double share, double pivot, double most,

@@ -16,7 +16,7 @@ from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.dtypes import statistics_dtype
 from keras_bn.core.moments import Moments, positive, settled
 from keras_bn.kernels.jax import compiled
-from keras_bn.kernels.jax.sums import is_short, spread, sum_over
+from keras_bn.kernels.jax.sums import exact_sum_over, is_short, spread, sum_over
 from keras_bn.types import Tensor
 
 
@@ -26,7 +26,7 @@ def moments(x: Tensor, axes: tuple[int, ...], weights: Tensor | None = None) -> 
         count: Any = math.prod(x.shape[axis] for axis in axes)
     else:
         weights = jax.lax.stop_gradient(weights)
-        count = sum_over(jnp.broadcast_to(weights, x.shape), axes)
+        count = exact_sum_over(jnp.broadcast_to(weights, x.shape), axes)
     pivot, offset, m2 = _moments(axes, x, weights, positive(count))
     return Moments(count, jax.lax.stop_gradient(pivot), offset, m2)
 

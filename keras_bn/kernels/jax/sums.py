@@ -36,6 +36,16 @@ def sum_over(values: Tensor, axes: tuple[int, ...], in_halves: bool = False) -> 
     return values
 
 
+def exact_sum_over(values: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Sum positive values to the last digit, as float64 would, which JAX has none of by default.
+
+    The leading third of their digits is summed without rounding, and the rest by itself.
+    """
+    digits = jnp.finfo(values.dtype)
+    leading = jax.lax.reduce_precision(values, digits.nexp, digits.nmant // 3)
+    return sum_over(leading, axes) + sum_over(values - leading, axes)
+
+
 def _is_block(shape: tuple[int, ...], axis: int) -> bool:
     """Say whether a sum of squares, equal or nearly so, can miss the bound of a variance."""
     size = shape[axis]
@@ -48,7 +58,7 @@ def _halves(values: Tensor, axis: int) -> Tensor:
     """Split an axis in two, one for the halves and one along them; an odd size grows by a 0."""
     before, (size, *after) = values.shape[:axis], values.shape[axis:]
     even = jnp.pad(values, [(0, size % 2) if a == axis else (0, 0) for a in range(values.ndim)])
-    return even.reshape(*before, 2, -1, *after)
+    return even.reshape(*before, 2, even.shape[axis] // 2, *after)
 
 
 def is_short(shape: tuple[int, ...], axes: tuple[int, ...]) -> bool:
