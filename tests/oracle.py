@@ -137,27 +137,29 @@ def _scaling(layer, weights, x, dy, training, mask) -> Expected:
     return Expected((x - center) / width, dy / width, {}, weights)
 
 
+def ghosts_of(layer: Any, x: np.ndarray, training: bool) -> list[slice]:
+    """Return the samples of each ghost, or all of them in one."""
+    size = (training and getattr(layer, "virtual_batch_size", None)) or max(len(x), 1)
+    number = max(-(-len(x) // size), 1)
+    return [np.s_[i::number] for i in range(number)]
+
+
 def _batch(layer, weights, x, dy, training, mask) -> Expected:
-    size = layer.virtual_batch_size or len(x)
-    if not training or len(x) <= size:
-        return _whole(layer, weights, x, dy, training, mask)
-    return _ghosts(layer, weights, x, dy, mask, -(-len(x) // size))
-
-
-def _ghosts(layer, weights, x, dy, mask, number) -> Expected:
     """Normalize each ghost by its own moments, and keep what all of them together have."""
+    ghosts = ghosts_of(layer, x, training)
+    if len(ghosts) == 1:
+        return _whole(layer, weights, x, dy, training, mask)
     kept = _kept(layer, x.ndim)
     pooled = tuple(axis for axis in range(x.ndim) if axis not in kept)
     mask = np.broadcast_to(1.0 if mask is None else mask, x.shape)
-    y, dx, gradients, parts = np.empty_like(x), np.empty_like(x), [], []
-    for ghost in (np.s_[i::number] for i in range(number)):
+    y, dx, gradients = np.empty_like(x), np.empty_like(x), []
+    for ghost in ghosts:
         found = _whole(layer, weights, x[ghost], dy[ghost], True, mask[ghost])
         y[ghost], dx[ghost] = found.y, found.dx
         gradients.append(found.gradients)
-        parts.append(reference.moments(x[ghost], pooled, mask[ghost]))
     sums = {name: sum(one[name] for one in gradients) for name in gradients[0]}
     w = {name: _spread(value, x.shape, kept) for name, value in weights.items() if value.ndim}
-    whole = reference.merge(parts)
+    whole = reference.moments(x, pooled, mask)
     return Expected(y, dx, sums, _kept_after(layer, weights, w, whole, _known(whole))[2])
 
 
@@ -171,19 +173,29 @@ def _whole(layer, weights, x, dy, training, mask) -> Expected:
     w = {name: _spread(value, x.shape, kept) for name, value in weights.items() if value.ndim}
     gamma, beta = w.get("gamma", np.float64(1)), w.get("beta", np.float64(0))
     epsilon = layer.epsilon
+    scale = 1 / np.sqrt(w["moving_variance"] + epsilon)
+    z = (x - w["moving_mean"]) * scale
+    sums = {"gamma": (dy * z).sum(pooled), "beta": dy.sum(pooled)}
+    stored = Expected(gamma * z + beta, dy * gamma * scale, _present(sums, weights), weights)
+    if not training:
+        return stored
     exact = reference.moments(x, pooled, mask)
-    use_batch = training & (np.broadcast_to(exact.count, exact.mean.shape) > 0)
-    if not training or not np.any(use_batch):
-        scale = 1 / np.sqrt(w["moving_variance"] + epsilon)
-        z = (x - w["moving_mean"]) * scale
-        sums = {"gamma": (dy * z).sum(pooled), "beta": dy.sum(pooled)}
-        return Expected(gamma * z + beta, dy * gamma * scale, _present(sums, weights), weights)
     r, d, state = _kept_after(layer, weights, w, exact, _known(exact))
     options = {"gamma": gamma, "epsilon": epsilon, "weights": mask, "r": r, "d": d}
     y = reference.normalize(x, pooled, beta=beta, **options)
     dx, d_gamma, d_beta = reference.gradients(x, dy, pooled, **options)
     sums = {"gamma": d_gamma.sum(pooled), "beta": d_beta.sum(pooled)}
-    return Expected(y, dx, _present(sums, weights), state)
+    # A channel that the mask leaves empty is normalized as in inference.
+    filled = np.broadcast_to(exact.count, exact.mean.shape) > 0
+    return Expected(
+        np.where(filled, y, stored.y),
+        np.where(filled, dx, stored.dx),
+        {
+            name: np.where(filled.reshape(value.shape), sums[name], value)
+            for name, value in stored.gradients.items()
+        },
+        state,
+    )
 
 
 def _kept_after(layer, weights, w, exact, known) -> tuple[Any, Any, Arrays]:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import keras_bn
 from keras_bn.core.dtypes import statistics_dtype
 from keras_bn.kernels import reference
 from tests import oracle
@@ -67,14 +68,46 @@ def bounds(
     x_dtype: str,
 ) -> Expected:
     """Return the tolerance of everything that the oracle wants."""
-    u = U[statistics_dtype(x_dtype, layer.compute_dtype)]
-    view = _view(layer, x.shape)
     w = np.broadcast_to(1.0 if mask is None else mask, x.shape)
-    parts, state = _parts(layer, weights, x, w, view, training, u)
+    y, dx, sums = np.empty(x.shape), np.empty(x.shape), []
+    for ghost in oracle.ghosts_of(layer, x, training):
+        given = (layer, weights, x[ghost], dy[ghost], w[ghost])
+        y[ghost], dx[ghost], found = _results(*given, training, x_dtype)
+        sums.append(found)
+    state = _parts(layer, weights, x, w, _view(layer, x.shape), training, _u(layer, x_dtype))[1]
+    return Expected(
+        _rounded(y, want.y, layer.compute_dtype),
+        dx,
+        {
+            name: _rounded(sum(one[name] for one in sums), value, layer.variable_dtype)
+            for name, value in want.gradients.items()
+        },
+        state,
+    )
+
+
+def _u(layer: Any, x_dtype: str) -> float:
+    return U[statistics_dtype(x_dtype, layer.compute_dtype)]
+
+
+def _results(
+    layer: Any,
+    weights: Arrays,
+    x: np.ndarray,
+    dy: np.ndarray,
+    w: np.ndarray,
+    training: bool,
+    x_dtype: str,
+) -> tuple[np.ndarray, np.ndarray, Arrays]:
+    """Return the tolerances of y, dx and the gradients of what is learned, y's before rounding."""
+    u = _u(layer, x_dtype)
+    view = _view(layer, x.shape)
+    parts, _ = _parts(layer, weights, x, w, view, training, u)
     w, z = view.split(w) * parts.uses_batch, np.abs(view.split(x) - parts.mean) / parts.stddev
+    factor = "scale" if "scale" in weights else "gamma"
     gamma, beta = (
         view.split(np.abs(_spread(layer, weights.get(name, default), x.shape)))
-        for name, default in (("gamma", 1.0), ("beta", 0.0))
+        for name, default in ((factor, 1.0), ("beta", 0.0))
     )
     kappa, r, size = np.abs(parts.mean) / parts.stddev, np.abs(parts.r), view.split(np.abs(dy))
     v = 8 * u * (1 + kappa**2 * u)
@@ -93,18 +126,10 @@ def bounds(
     moved = np.where(w > 0, z * mean(g * e) + e * mean(g * z), 0)
     dx = (8 * u + 2 * v + parts.r_error + 3 * U[x_dtype]) * terms + moved
     dx = dx / parts.stddev + 3 * LOST[x_dtype]
-    sums = {"gamma": view.join(size * e_corrected), "beta": view.join(8 * u * size)}
+    sums = {factor: view.join(size * e_corrected), "beta": view.join(8 * u * size)}
     others = pooled_axes(x.ndim, kept_axes(layer, x.ndim))
     y = view.join(gamma * e_corrected + 8 * u * beta)
-    return Expected(
-        _rounded(y, want.y, layer.compute_dtype),
-        view.join(dx),
-        {
-            name: _rounded(sums[name].sum(others), value, layer.variable_dtype)
-            for name, value in want.gradients.items()
-        },
-        state,
-    )
+    return y, view.join(dx), {name: values.sum(others) for name, values in sums.items()}
 
 
 def _rounded(tolerance: np.ndarray, value: np.ndarray, dtype: str) -> np.ndarray:
@@ -129,11 +154,14 @@ def _spread(layer: Any, value: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _view(layer: Any, shape: tuple[int, ...]) -> View:
-    if not hasattr(layer, "groups"):
-        return View(pooled_axes(len(shape), kept_axes(layer, len(shape))), np.asarray, np.asarray)
-    axis = layer.axis % len(shape)
-    channels = shape[axis]
-    groups = channels if layer.groups == -1 else layer.groups
+    kept = kept_axes(layer, len(shape))
+    if hasattr(layer, "moving_mean"):
+        return View(pooled_axes(len(shape), kept), np.asarray, np.asarray)
+    if isinstance(layer, keras_bn.LayerNormalization | keras_bn.RMSNormalization):
+        return View(kept, np.asarray, np.asarray)
+    (axis,) = kept
+    channels, groups = shape[axis], getattr(layer, "groups", -1)
+    groups = channels if groups == -1 else groups
 
     def split(array: np.ndarray) -> np.ndarray:
         array = np.moveaxis(array, axis, 1)
@@ -151,7 +179,10 @@ def _parts(
     """Return what standardizes, and the tolerances of the statistics after the call."""
     exact = reference.moments(view.split(x), view.pooled, view.split(w))
     state = {name: np.zeros(value.shape) for name, value in weights.items()}
-    if hasattr(layer, "groups"):
+    if isinstance(layer, keras_bn.RMSNormalization):
+        square = np.mean(view.split(x) ** 2, view.pooled, keepdims=True)
+        return Parts(0.0, np.sqrt(square + layer.epsilon)), state
+    if not hasattr(layer, "moving_mean"):
         return Parts(exact.mean, np.sqrt(exact.variance + layer.epsilon)), state
     kept = {n: _spread(layer, v, exact.mean.shape) for n, v in weights.items() if v.ndim}
     mean, variance = kept["moving_mean"], kept["moving_variance"]

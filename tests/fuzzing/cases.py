@@ -73,8 +73,8 @@ def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
 def _data(rng: np.random.Generator, kind: str, made: Structure) -> np.ndarray:
     z, narrow = rng.normal(size=made.shape), made.x_dtype == "float16"
     sizes = [1 if axis in made.pooled else size for axis, size in enumerate(made.shape)]
-    # A group pools channels: what differs between them must not hide what is in them.
-    std = 1.0 if hasattr(made.layer, "groups") else 10 ** rng.uniform(-1, 1, sizes)
+    # Where channels are pooled, what differs between them must not hide what is in them.
+    std = 10 ** rng.uniform(-1, 1, sizes) if hasattr(made.layer, "moving_mean") else 1.0
     mean = rng.normal(size=sizes) * std
     if kind == "offset":
         mean = std * (mean / 10 + 10 ** rng.uniform(0, 5) * rng.choice([-1, 1]))
@@ -116,7 +116,7 @@ def _set_weights(rng: np.random.Generator, made: Structure, x: np.ndarray) -> No
 def _weight(kind: str, noise: np.ndarray, far: float, exact: reference.Exact) -> Any:
     if kind == "step":
         return np.abs(5 * noise)
-    if kind in ("gamma", "beta"):
+    if kind in ("gamma", "scale", "beta"):
         return noise if kind == "beta" else 1 + 0.5 * noise
     variance = exact.variance.reshape(noise.shape) + 1e-6
     if kind == "mean":
@@ -199,16 +199,6 @@ def _wanted(made: Structure, case: Case) -> tuple[Expected, Expected]:
         x = np.where((mask == 0) & ~np.isfinite(x), 0.0, x)
     arguments = layer, case.weights, x, case.dy
     want = oracle.expected(*arguments, training=made.is_trained, mask=mask)
-    if made.is_trained and hasattr(layer, "moving_mean"):
-        # A channel that the mask leaves empty is normalized as in inference.
-        empty = reference.moments(x, made.pooled, mask).count == 0
-        kept = oracle.expected(*arguments, training=False, mask=mask)
-        gradients = {
-            name: np.where(empty.reshape(value.shape), kept.gradients[name], value)
-            for name, value in want.gradients.items()
-        }
-        y, dx = np.where(empty, kept.y, want.y), np.where(empty, kept.dx, want.dx)
-        want = Expected(y, dx, gradients, want.state)
     want.state = case.weights | want.state
     tolerance = bounds(*arguments, want, training=made.is_trained, mask=mask, x_dtype=made.x_dtype)
     return want, tolerance

@@ -26,6 +26,8 @@ MODES = {
     "torch": {"eager": 98, "aot": 2},
 }[keras.backend.backend()]
 LAYERS = {"batch": 30, "renorm": 15, "renormalization": 25, "group": 30}
+# One structure in five.
+OTHERS = {"instance": 15, "layer": 30, "rms": 15, "ghosts": 25, "renormalized ghosts": 15}
 POLICIES = {
     "float32": 50,
     "float64": 15,
@@ -70,7 +72,13 @@ class Structure:
         return self.training and self.layer.trainable
 
     def __str__(self) -> str:
-        layer, known = self.layer, ("axis", "groups", "renorm", "epsilon", "momentum", "trainable")
+        layer, known = (
+            self.layer,
+            (
+                *("axis", "groups", "renorm", "virtual_batch_size", "unbiased"),
+                *("epsilon", "momentum", "trainable"),
+            ),
+        )
         given = [name for name in known if hasattr(layer, name)]
         options = ", ".join(f"{name}={getattr(layer, name)}" for name in given)
         return (
@@ -84,12 +92,20 @@ class Structure:
 def structure(number: int) -> Structure:
     """Draw a structure, with its layer built."""
     rng = np.random.default_rng([number, 1])
-    name, shape = pick(rng, LAYERS), _shape(rng, LONG_SIZES if number % 10 == 9 else SIZES)
+    name = pick(rng, OTHERS if number % 5 == 3 else LAYERS)
+    shape = _shape(
+        rng, LONG_SIZES if number % 10 in (3, 9) else SIZES, 3 if name == "instance" else 2
+    )
     make = {
         "batch": keras_bn.BatchNormalization,
         "renorm": functools.partial(keras_bn.BatchNormalization, renorm=True),
         "renormalization": keras_bn.BatchRenormalization,
         "group": keras_bn.GroupNormalization,
+        "instance": keras_bn.InstanceNormalization,
+        "layer": keras_bn.LayerNormalization,
+        "rms": keras_bn.RMSNormalization,
+        "ghosts": keras_bn.BatchNormalization,
+        "renormalized ghosts": keras_bn.BatchRenormalization,
     }[name]
     layer = make(dtype=pick(rng, POLICIES), **_options(rng, name, shape))
     given = pick(rng, INPUTS)
@@ -100,7 +116,7 @@ def structure(number: int) -> Structure:
         shape,
         x_dtype=layer.compute_dtype if given == "as the policy" else given,
         training=bool(rng.random() < 0.8),
-        mask="none" if aligned is None else mask,
+        mask="none" if aligned is None or name in ("layer", "rms") else mask,
         mask_dtype="float32" if mask == "weights" else str(rng.choice(["bool", "int32"])),
         mask_shape=mask_shape,
         mask_aligned=aligned,
@@ -122,8 +138,8 @@ def wide_numbers(made: Structure) -> Any:
     return jax.enable_x64(True)
 
 
-def _shape(rng: np.random.Generator, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    rank = int(rng.integers(2, 6))
+def _shape(rng: np.random.Generator, sizes: tuple[int, ...], least: int) -> tuple[int, ...]:
+    rank = int(rng.integers(least, 6))
     shape = [MOST_ELEMENTS] * rank
     while np.prod(shape) > MOST_ELEMENTS:
         shape = [int(size) for size in rng.choice(sizes, rank)]
@@ -133,27 +149,34 @@ def _shape(rng: np.random.Generator, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _options(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
-    first = 1 if name == "group" or shape[0] == 0 else 0
+    is_split = name in ("group", "instance", "ghosts", "renormalized ghosts")
+    first = 1 if is_split or shape[0] == 0 else 0
     rank = len(shape)
     axes = [int(a) for a in rng.permutation(np.arange(first, rank))]
     axes = [a - rank if rng.random() < 0.5 else a for a in axes]
-    several = name != "group" and rng.random() < 0.3
+    several = name not in ("group", "instance") and rng.random() < 0.3
     options: dict[str, Any] = {
         "axis": tuple(axes[: rng.integers(1, len(axes) + 1)]) if several else axes[0],
         "epsilon": float(rng.choice([1e-3, 1e-3, 1e-5, 1e-2, 1.0])),
-        "center": bool(rng.random() < 0.8),
-        "scale": bool(rng.random() < 0.8),
     }
+    if name == "rms":
+        return options
+    options |= {"center": bool(rng.random() < 0.8), "scale": bool(rng.random() < 0.8)}
     if name == "group":
         channels = shape[axes[0]]
         divisors = [n for n in range(1, channels + 1) if channels % n == 0]
         return options | {"groups": int(rng.choice([-1, *divisors]))}
+    if name in ("instance", "layer"):
+        return options
     options["momentum"] = float(rng.choice([0.99, 0.9, 0.5, 0.0, 1.0]))
+    if "ghosts" in name:
+        options["virtual_batch_size"] = int(rng.integers(1, max(shape[0], 1) + 1))
+        options["unbiased"] = bool(rng.random() < 0.3)
     if name == "renorm":
         limits = {"rmin": 0.5, "rmax": 2.0, "dmax": 0.5}
         options["renorm_clipping"] = {k: v for k, v in limits.items() if rng.random() < 0.7} or None
         options["renorm_momentum"] = float(rng.choice([0.99, 0.5]))
-    if name == "renormalization":
+    if "renormal" in name:
         options["rmax_steps"] = [None, (0, 10), (5, 5)][rng.integers(3)]
         options["dmax_steps"] = [None, (2, 8)][rng.integers(2)]
     return options
