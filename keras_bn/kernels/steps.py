@@ -200,14 +200,10 @@ class Forward(NamedTuple):
         return Moments(count, pivot, offset, ops.relu(second - first * offset))
 
     def _count(self, x: Tensor, axes: Axes, weights: Tensor) -> Tensor:
-        """Return the sum of the weights, each of which may stand for several elements.
-
-        It is right to its last digit: what it lost, sums about a pivot would multiply by how far
-        off that is.
-        """
+        """Return the sum of the weights, each of which may stand for several elements."""
         shared = tuple(axis for axis in axes if weights.shape[axis] == 1)
-        number = self.passes.number(x, shared)
-        number = number if is_static(number) else ops.cast(number, "float64")
+        # In float64: what is lost here, sums about a pivot multiply by how far off that is.
+        number = ops.cast(self.passes.number(x, shared), "float64")
         count = self.passes.total(ops.cast(weights, "float64"), None, axes) * number
         sums = [1 if axis in axes else size for axis, size in enumerate(ops.shape(x))]
         return ops.broadcast_to(ops.cast(count, weights.dtype), sums)
