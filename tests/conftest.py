@@ -61,7 +61,8 @@ class Result(NamedTuple):
 def run() -> Callable[..., Result]:
     """Return `run(layer, x, dy=None, how=..., **call)`, a call with its gradients.
 
-    `how` is "eager", "graph" (TensorFlow) or "compiled" (XLA, jax.jit, torch.compile).
+    `how` is "eager", "graph" (TensorFlow), "compiled" (XLA, jax.jit, torch.compile) or "traced"
+    (the graphs of torch.compile, one operation after the other).
     """
     return _run
 
@@ -140,7 +141,8 @@ def _torch(layer, x, dy, how, call):
         return layer(x, **call)
 
     if how != "eager":
-        forward = torch.compile(forward, fullgraph=True)
+        backend = "aot_eager" if how == "traced" else "inductor"
+        forward = torch.compile(forward, backend=backend, fullgraph=True)
     if dy is None:
         return forward(x), None, [None] * len(layer.trainable_variables)
     x = x.detach().requires_grad_(True)

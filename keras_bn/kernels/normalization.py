@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_bn.core.affine import AS_IS, Affine, Learned, compose, standardize, uncentered
 from keras_bn.core.estimators import Correction, Corrector, Limits
-from keras_bn.core.moments import Moments, merge, or_else
+from keras_bn.core.moments import Moments, is_static, merge, or_else
 from keras_bn.core.pooling import Pooling
 from keras_bn.types import Tensor
 
@@ -29,7 +29,7 @@ class Plan(NamedTuple):
         dtype: Dtype of the output.
         correct: Gives r and d from the moments; None for 1 and 0.
         kept: Moments in place of those of an empty set; None to take 0.
-        hold: Keeps a compiler from computing r or d again, where it is used or may have moved.
+        hold: Keeps a compiler from computing a value again, where it is used or may have moved.
     """
 
     pooling: Pooling
@@ -135,7 +135,10 @@ def normalize(kernel: Any, x: Tensor, learned: Learned, plan: Plan) -> tuple[Ten
         y, the moments, of an empty set with count 0, and what the derivative needs.
     """
     moments = _pooled(kernel, x, plan.pooling)
-    filled = moments if plan.kept is None else or_else(moments, plan.kept)
+    filled = moments
+    if plan.kept is not None:
+        kept = (part if is_static(part) else plan.hold(part) for part in plan.kept)
+        filled = or_else(moments, Moments(*kept))
     affine = standardize(filled, plan.epsilon)
     if not plan.pooling.is_centered:
         affine = uncentered(affine)

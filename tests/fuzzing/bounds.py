@@ -204,31 +204,47 @@ def _parts(
         r_error = 4 * u_kept
         d_error = 8 * u * (np.abs(d) + (np.abs(mean) + stddev) / stddev_kept)
         d_error += r_error * np.abs(d)
-    for name, error in _state_errors(layer, kept, exact, stddev, u, u_kept).items():
+    for name, error in _state_errors(layer, kept, exact, known, stddev, u, u_kept).items():
         error = np.reshape(np.where(known, error, 0), state[name].shape)
         state[name] = np.where(error > 0, _rounded(error, after[name], dtype), 0)
     return Parts(mean, stddev, r, d, r_error, d_error, filled), state
 
 
 def _state_errors(
-    layer: Any, kept: Arrays, exact: Any, stddev: np.ndarray, u: float, u_kept: float
+    layer: Any,
+    kept: Arrays,
+    exact: Any,
+    known: np.ndarray,
+    stddev: np.ndarray,
+    u: float,
+    u_kept: float,
 ) -> Arrays:
     """Return how far the statistics that a training step moves may be off, before rounding."""
     mean, variance = np.abs(exact.mean), exact.variance
     mean_error = 8 * u * (mean + np.sqrt(variance))
     variance_error = 8 * u * (variance + u * mean**2)
     stddev_error = variance_error / stddev + 4 * u * stddev
+    counts: Arrays = {}
+    share = oracle._share(layer.momentum, "moving_count", kept, exact, known, counts)
+    errors = {name: 4 * u_kept * count for name, count in counts.items()}
 
-    def moved(old: np.ndarray, new: np.ndarray, error: np.ndarray, momentum: float) -> np.ndarray:
-        rounding = 4 * u_kept * (momentum * np.abs(old) + (1 - momentum) * new)
-        return (1 - momentum) * error + rounding + LOST["float64"]
+    def moved(old: np.ndarray, new: np.ndarray, error: np.ndarray, share: Any) -> np.ndarray:
+        # A share that follows from a count is rounded itself.
+        size = np.abs(old) + new if counts else share * np.abs(old) + (1 - share) * new
+        return (1 - share) * error + 4 * u_kept * size + LOST["float64"]
 
-    errors = {"moving_mean": moved(kept["moving_mean"], mean, mean_error, layer.momentum)}
+    errors["moving_mean"] = moved(kept["moving_mean"], mean, mean_error, share)
     if not hasattr(layer, "rmax") and not layer.renorm:
         old = kept["moving_variance"]
-        return errors | {"moving_variance": moved(old, variance, variance_error, layer.momentum)}
+        error = moved(old, oracle._variance_to_keep(layer, exact), variance_error, share)
+        if layer.momentum is None:
+            # Merged with the square of a distance.
+            distance = np.abs(exact.mean - kept["moving_mean"])
+            parts = mean_error + 4 * u_kept * (mean + np.abs(kept["moving_mean"]))
+            error += share * (1 - share) * (8 * u_kept * distance + 2 * parts) * distance
+        return errors | {"moving_variance": error}
     old = kept.get("moving_stddev", np.sqrt(kept["moving_variance"] + layer.epsilon))
-    error = moved(old, stddev, stddev_error, layer.momentum)
+    error = moved(old, stddev, stddev_error, share)
     size = np.maximum(old, stddev)
     errors["moving_variance"] = 2 * size * error + 4 * u_kept * size**2
     if not hasattr(layer, "rmax"):

@@ -116,6 +116,8 @@ def _set_weights(rng: np.random.Generator, made: Structure, x: np.ndarray) -> No
 def _weight(kind: str, noise: np.ndarray, far: float, exact: reference.Exact) -> Any:
     if kind == "step":
         return np.abs(5 * noise)
+    if kind == "count":
+        return np.where(noise > 1, 0, 20 * np.abs(noise))
     if kind in ("gamma", "scale", "beta"):
         return noise if kind == "beta" else 1 + 0.5 * noise
     variance = exact.variance.reshape(noise.shape) + 1e-6

@@ -27,7 +27,15 @@ MODES = {
 }[keras.backend.backend()]
 LAYERS = {"batch": 30, "renorm": 15, "renormalization": 25, "group": 30}
 # One structure in five.
-OTHERS = {"instance": 15, "layer": 30, "rms": 15, "ghosts": 25, "renormalized ghosts": 15}
+OTHERS = {
+    "instance": 10,
+    "layer": 25,
+    "rms": 10,
+    "ghosts": 20,
+    "renormalized ghosts": 10,
+    "counted": 15,
+    "renormalized counted": 10,
+}
 POLICIES = {
     "float32": 50,
     "float64": 15,
@@ -75,7 +83,7 @@ class Structure:
         layer, known = (
             self.layer,
             (
-                *("axis", "groups", "renorm", "virtual_batch_size", "unbiased"),
+                *("axis", "groups", "renorm", "virtual_batch_size", "unbiased", "debias"),
                 *("epsilon", "momentum", "trainable"),
             ),
         )
@@ -106,6 +114,8 @@ def structure(number: int) -> Structure:
         "rms": keras_bn.RMSNormalization,
         "ghosts": keras_bn.BatchNormalization,
         "renormalized ghosts": keras_bn.BatchRenormalization,
+        "counted": keras_bn.BatchNormalization,
+        "renormalized counted": keras_bn.BatchRenormalization,
     }[name]
     layer = make(dtype=pick(rng, POLICIES), **_options(rng, name, shape))
     given = pick(rng, INPUTS)
@@ -172,6 +182,9 @@ def _options(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> dic
     if "ghosts" in name:
         options["virtual_batch_size"] = int(rng.integers(1, max(shape[0], 1) + 1))
         options["unbiased"] = bool(rng.random() < 0.3)
+    if "counted" in name:
+        options["unbiased"] = bool(rng.random() < 0.3)
+        options |= {"debias": True} if rng.random() < 0.6 else {"momentum": None}
     if name == "renorm":
         limits = {"rmin": 0.5, "rmax": 2.0, "dmax": 0.5}
         options["renorm_clipping"] = {k: v for k, v in limits.items() if rng.random() < 0.7} or None

@@ -248,6 +248,16 @@ def test_ghost_that_is_masked_out_is_normalized_as_in_inference(shape, run):
     assert np.isfinite(found.dx).all()
 
 
+@pytest.mark.parametrize("how", [*MODES, "traced"] if BACKEND == "torch" else MODES)
+def test_gradients_of_a_masked_out_ghost_are_by_the_statistics_before_the_step(how, run):
+    # Compiled code may read them in the backward pass, when they have moved.
+    x, dy = draw((64, CHANNELS)), draw((64, CHANNELS), 1, 0, 1)
+    layer, mask = built(normalization(2, momentum=0.5), x.shape), np.arange(64) % 8 > 2
+    arguments = {"training": True, "mask": mask[:, None]}
+    wanted = expected(layer, weights_by_name(layer), x, dy, **arguments)
+    assert_agrees(run(layer, x, dy, how, **arguments | {"mask": mask}), wanted, dy)
+
+
 @every_shape
 def test_masked_out_ghost_leaves_the_statistics_to_the_others(shape, run):
     x = draw((9, *shape))
