@@ -61,7 +61,7 @@ class Kernel:
 
         def forward(x: Tensor) -> Any:
             found = Forward(passes).moments(x, axes, weights)
-            return _tensors(found), (), _constant(found)
+            return _tensors(found), (), Moments(*map(_apart, found))
 
         def backward(inputs: Any, found: Moments, grads: Any) -> Any:
             """dx = w·(d_mean / n + 2·d_m2·(x - mean))."""
@@ -203,7 +203,8 @@ class Forward(NamedTuple):
         """Return the sum of the weights, each of which may stand for several elements."""
         shared = tuple(axis for axis in axes if weights.shape[axis] == 1)
         # In float64: what is lost here, sums about a pivot multiply by how far off that is.
-        number = ops.cast(self.passes.number(x, shared), "float64")
+        number = self.passes.number(x, shared)
+        number = number if is_static(number) else ops.cast(number, "float64")
         count = self.passes.total(ops.cast(weights, "float64"), None, axes) * number
         sums = [1 if axis in axes else size for axis, size in enumerate(ops.shape(x))]
         return ops.broadcast_to(ops.cast(count, weights.dtype), sums)
@@ -286,12 +287,8 @@ def _tensors(moments: Moments) -> tuple[Tensor, ...]:
     return moments[is_static(moments.count) :]
 
 
-def _constant(moments: Moments) -> Moments:
-    """Return copies without gradient: PyTorch must not keep its own outputs for the backward."""
-    return Moments(*(_apart(part) for part in moments))
-
-
 def _apart(part: Tensor) -> Tensor:
+    """Return a copy without gradient: PyTorch must not keep its own outputs for the backward."""
     return part if is_static(part) or part is None else native.stop_gradient(part)
 
 

@@ -238,10 +238,8 @@ def _state_errors(
         old = kept["moving_variance"]
         error = moved(old, oracle._variance_to_keep(layer, exact), variance_error, share)
         if layer.momentum is None:
-            # Merged with the square of a distance.
-            distance = np.abs(exact.mean - kept["moving_mean"])
-            parts = mean_error + 4 * u_kept * (mean + np.abs(kept["moving_mean"]))
-            error += share * (1 - share) * (8 * u_kept * distance + 2 * parts) * distance
+            between = _between_error(exact.mean, kept["moving_mean"], mean_error, u_kept)
+            error += share * (1 - share) * between
         return errors | {"moving_variance": error}
     old = kept.get("moving_stddev", np.sqrt(kept["moving_variance"] + layer.epsilon))
     error = moved(old, stddev, stddev_error, share)
@@ -255,3 +253,11 @@ def _state_errors(
         ):
             errors[name] = moved(kept[name], new, own, layer.renorm_momentum)
     return errors
+
+
+def _between_error(
+    mean: np.ndarray, old: np.ndarray, mean_error: np.ndarray, u: float
+) -> np.ndarray:
+    """Return how far the square of the distance of two means may be off."""
+    distance = np.abs(mean - old)
+    return (8 * u * distance + 2 * (mean_error + 4 * u * (np.abs(mean) + np.abs(old)))) * distance

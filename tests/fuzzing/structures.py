@@ -14,7 +14,7 @@ from tests.fuzzing.bounds import kept_axes, pooled_axes
 from tests.fuzzing.differentiate import Differentiated, differentiated
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 11, 13, 16, 17)
-# One structure in ten: longer axes, which compilers sum in other ways.
+# One structure in ten, and half of the others: longer axes, which compilers sum in other ways.
 LONG_SIZES = (1, 2, 3, 5, 31, 33, 64, 65, 100)
 MOST_ELEMENTS = 4096
 
@@ -26,7 +26,7 @@ MODES = {
     "torch": {"eager": 98, "aot": 2},
 }[keras.backend.backend()]
 LAYERS = {"batch": 30, "renorm": 15, "renormalization": 25, "group": 30}
-# One structure in five.
+# One structure in five; `counted` are averages that count what they have seen.
 OTHERS = {
     "instance": 10,
     "layer": 25,
@@ -46,6 +46,10 @@ POLICIES = {
 }
 INPUTS = {"as the policy": 70, "float32": 12, "float64": 6, "float16": 6, "bfloat16": 6}
 MASKS = {"none": 45, "bool": 20, "weights": 20, "nothing": 5, "hides": 10}
+
+# The options by which a failure is told.
+TOLD = ("axis", "groups", "renorm", "virtual_batch_size", "unbiased", "debias")
+TOLD += ("epsilon", "momentum", "trainable")
 
 
 def pick(rng: np.random.Generator, percent: dict[str, int]) -> str:
@@ -80,14 +84,7 @@ class Structure:
         return self.training and self.layer.trainable
 
     def __str__(self) -> str:
-        layer, known = (
-            self.layer,
-            (
-                *("axis", "groups", "renorm", "virtual_batch_size", "unbiased", "debias"),
-                *("epsilon", "momentum", "trainable"),
-            ),
-        )
-        given = [name for name in known if hasattr(layer, name)]
+        layer, given = self.layer, [name for name in TOLD if hasattr(self.layer, name)]
         options = ", ".join(f"{name}={getattr(layer, name)}" for name in given)
         return (
             f"{type(layer).__name__}({options}, dtype={layer.dtype_policy.name}) of {self.x_dtype} "
@@ -101,9 +98,8 @@ def structure(number: int) -> Structure:
     """Draw a structure, with its layer built."""
     rng = np.random.default_rng([number, 1])
     name = pick(rng, OTHERS if number % 5 == 3 else LAYERS)
-    shape = _shape(
-        rng, LONG_SIZES if number % 10 in (3, 9) else SIZES, 3 if name == "instance" else 2
-    )
+    sizes = LONG_SIZES if number % 10 in (3, 9) else SIZES
+    shape = _shape(rng, sizes, least=3 if name == "instance" else 2)
     make = {
         "batch": keras_bn.BatchNormalization,
         "renorm": functools.partial(keras_bn.BatchNormalization, renorm=True),
