@@ -14,6 +14,10 @@ the unit roundoff of the statistics' dtype, s = √(variance + epsilon), z = (x 
 - A result is rounded to its own dtype once. But dx is the sum of two gradients, through the map
   and through the statistics, and a backend rounds both before it adds them: three roundings.
 - What is smaller than a dtype's smallest number may become 0.
+- Without a mean, as in RMS normalization, it and κ are 0, and dx lacks Σg. Each ghost has sums of
+  its own.
+- An average that counts what it has seen has its share from the count, rounded; merged with
+  another, the square of the distance between the means has the error of both.
 
 What must stay as it is (statistics of an empty batch, or of inference) has the tolerance 0.
 """
@@ -54,6 +58,7 @@ class Parts(NamedTuple):
     r_error: Any = 0.0  # relative, beside that of the deviation
     d_error: Any = 0.0
     uses_batch: Any = True  # which channels the batch's own statistics standardize
+    is_centered: bool = True  # whether the mean is subtracted, and so follows x
 
 
 def bounds(
@@ -122,7 +127,7 @@ def _results(
     share = w / np.where(n > 0, n, 1)
 
     g = gamma * r * size
-    terms = g + np.where(w > 0, mean(g) + z * mean(g * z), 0)
+    terms = g + np.where(w > 0, parts.is_centered * mean(g) + z * mean(g * z), 0)
     moved = np.where(w > 0, z * mean(g * e) + e * mean(g * z), 0)
     dx = (8 * u + 2 * v + parts.r_error + 3 * U[x_dtype]) * terms + moved
     dx = dx / parts.stddev + 3 * LOST[x_dtype]
@@ -181,7 +186,7 @@ def _parts(
     state = {name: np.zeros(value.shape) for name, value in weights.items()}
     if isinstance(layer, keras_bn.RMSNormalization):
         square = np.mean(view.split(x) ** 2, view.pooled, keepdims=True)
-        return Parts(0.0, np.sqrt(square + layer.epsilon)), state
+        return Parts(0.0, np.sqrt(square + layer.epsilon), is_centered=False), state
     if not hasattr(layer, "moving_mean"):
         return Parts(exact.mean, np.sqrt(exact.variance + layer.epsilon)), state
     kept = {n: _spread(layer, v, exact.mean.shape) for n, v in weights.items() if v.ndim}

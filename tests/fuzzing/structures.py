@@ -175,11 +175,11 @@ def _options(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> dic
     if name in ("instance", "layer"):
         return options
     options["momentum"] = float(rng.choice([0.99, 0.9, 0.5, 0.0, 1.0]))
+    if name in OTHERS:
+        options["unbiased"] = bool(rng.random() < 0.3)
     if "ghosts" in name:
         options["virtual_batch_size"] = int(rng.integers(1, max(shape[0], 1) + 1))
-        options["unbiased"] = bool(rng.random() < 0.3)
     if "counted" in name:
-        options["unbiased"] = bool(rng.random() < 0.3)
         options |= {"debias": True} if rng.random() < 0.6 else {"momentum": None}
     if name == "renorm":
         limits = {"rmin": 0.5, "rmax": 2.0, "dmax": 0.5}

@@ -38,7 +38,7 @@ def sum_over(values: Tensor, axes: tuple[int, ...], in_halves: bool = False) -> 
 
 def exact_sum_over(values: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Sum positive values to the last digit, without float64, which JAX lacks by default."""
-    # The leading third of their digits sums without rounding.
+    # The leading thirds of the digits of thousands of like numbers add up without rounding.
     digits = jnp.finfo(values.dtype)
     leading = jax.lax.reduce_precision(values, digits.nexp, digits.nmant // 3)
     return sum_over(leading, axes) + sum_over(values - leading, axes)
