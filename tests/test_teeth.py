@@ -84,7 +84,8 @@ def build(folder):
     (library,) = folder.glob("passes.*.so")
     library.unlink()  # a link to what other tests have loaded
     command = ["cc", "-O1", "-std=gnu11", "-w", "-DFOR_EACH_CPU=", "-fPIC", "-shared"]
-    subprocess.run([*command, "-o", library, folder / "passes.c", "-lm"], check=True)
+    sources = [folder / "passes.c", folder / "torch_ops.c"]
+    subprocess.run([*command, "-o", library, *sources, "-lm"], check=True)
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -30,6 +30,8 @@ if library() is None:
     pytest.skip("built without a compiler, or switched off", allow_module_level=True)
 
 import torch
+from torch._ops import OpOverload
+from torch.nn import Parameter
 
 import keras_bn
 from keras_bn import kernels
@@ -37,22 +39,18 @@ from keras_bn.kernels.torch import operations
 from tests.kernels.test_compiled import LAYOUTS, tensor
 
 
-class Recorder:
-    """The library, and the names of what is called in it."""
-
-    def __init__(self, library):
-        self.library, self.names = library, set()
-
-    def __getattr__(self, name):
-        self.names.add(name.removeprefix("keras_bn_"))
-        return getattr(self.library, name)
-
-
 @pytest.fixture
 def called(monkeypatch):
-    recorder = Recorder(library())
-    monkeypatch.setattr(operations, "_library", recorder)
-    return recorder.names
+    """Return the names of the operations that are called with values, not traced."""
+    names, call = set(), OpOverload.__call__
+
+    def recorded(operation, *inputs, **options):
+        if operation.namespace == "keras_bn" and type(inputs[0]) in (torch.Tensor, Parameter):
+            names.add(operation._opname.removesuffix(f"_{operations._ENDING}"))
+        return call(operation, *inputs, **options)
+
+    monkeypatch.setattr(OpOverload, "__call__", recorded)
+    return names
 
 
 def compiled(function, backend="aot_eager"):
@@ -115,6 +113,58 @@ def test_memory_may_lie_in_any_order(case, laid_out, backend):
     check(*big, *learned, axes, backend=backend)
 
 
+def samples(x):
+    """Return arguments of each operation, for an input of two axes."""
+    rows, columns = torch.rand(2, x.shape[0], 1), torch.rand(6, 1, x.shape[1])
+    sets = torch.rand(3, 4, 3)
+    ends = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+    dy, kept = torch.randn(x.shape), torch.rand(2, 1, x.shape[1]) + 1
+    affine = torch.stack((columns[0], columns[1], columns[2]))
+    how = (1, False, 1, 1e-3, True, True, x.dtype)
+    return {
+        "normalize": (x, [*columns[:2]], [], *how),
+        "normalize corrected": (x, [], [kept, ends], *how),
+        "gradients": (x, dy, affine, [columns[3]], False, 1, True),
+        "gradients of nothing learned": (x, dy, affine, [], False, 1, True),
+        "moments": (x, [], 1, True),
+        "moments weighted": (x, [rows[0], rows[0].sum().expand(1, x.shape[1]).contiguous()], 1, True),
+        "products": (x, dy, columns[0]),
+        "mapped_products": (x, dy, *columns[:3], columns[3]),
+        "mapped": (x, *columns[:3], [], False, torch.bfloat16),
+        "mapped learned": (x, *columns[:3], [*columns[3:5]], True, x.dtype),
+        "combined": (x, dy, *columns[:4], [], [columns[4]]),
+        "combined weighted": (x, dy, *columns[:4], [rows[0]], []),
+        "merged": (*sets, 7),
+        "moved": (*torch.rand(5, 9), 8.0, 0.9, -1.0),
+    }
+
+
+VIEWS = {
+    "dense": lambda x: x,
+    "transposed": lambda x: x.T.contiguous().T,
+    "every second row": lambda x: torch.cat((x, x), 1).reshape(-1, x.shape[1])[::2],
+    "every second column": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "one row repeated": lambda x: x[:1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("name", samples(torch.randn(6, 5)))
+def test_pytorch_knows_of_each_operation_what_it_gives(name, view):
+    inputs = samples(view(torch.randn(6, 5, generator=torch.manual_seed(0))))[name]
+    operation = getattr(operations, name.split()[0])
+    torch.library.opcheck(operation, inputs)
+    found, wanted = operation(*inputs), operation(inputs[0].contiguous(), *inputs[1:])
+    torch.testing.assert_close(found, wanted)
+
+
+def test_an_operation_that_fails_says_so():
+    x = torch.randn(6, 5)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="keras_bn"):
+            operations.mapped(x, *torch.rand(3, 1, 5), [], False, torch.float64)
+
+
 @pytest.mark.parametrize("axis", [1, 2], ids=["first", "last"])
 def test_groups_are_merged_as_the_core_merges_them(axis, called):
     x, pooling = drawn_groups(axis)
@@ -158,9 +208,9 @@ def test_a_layer_in_compiled_code_is_the_layer(kind, options, use, called):
         state = [weight.numpy() for weight in layer.non_trainable_variables]
         found = torch.autograd.grad(y, [x, *weights])
         results.append([*(part.numpy() for part in found), *state])
-        ghosts = {"merge"} if "virtual_batch_size" in options else set()
+        ghosts = {"merged"} if "virtual_batch_size" in options else set()
         # Compiled code joins what is done to statistics; else it is one call.
-        moved = {"move"} if state and how is not compiled else set()
+        moved = {"moved"} if state and how is not compiled else set()
         assert called == {"normalize", "gradients"} | ghosts | moved
         called.clear()
     for found, wanted in zip(*results, strict=True):
@@ -178,7 +228,7 @@ def test_sets_are_merged_within_transforms_too(called):
     for i, each in enumerate(zip(*found, strict=True)):
         for own, wanted in zip(each, merged(*(part[i] for part in many)), strict=True):
             assert torch.allclose(own, wanted, rtol=1e-5, atol=1e-6)
-    assert called == {"merge"}
+    assert called == {"merged"}
 
 
 # Keras' own state moves when a layer is called: PyTorch says so.

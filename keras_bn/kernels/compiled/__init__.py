@@ -8,62 +8,11 @@ import ctypes
 import importlib.util
 import math
 import os
-from functools import cache, lru_cache
-from itertools import accumulate
-from operator import mul
+from functools import cache
 from typing import Any
 
-from keras_bn.types import Shape
-
-# How calls.h numbers dtypes.
-TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 # The passes have room for so many axes, and one of their own.
 RANK = 7
-
-_INT, _LONG, _REAL, _DATA = ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
-_NEST, _BIG = [_INT, _DATA], [_DATA, _INT]
-_ARGUMENTS = {
-    "moments": [*_NEST, *_BIG, _DATA, _DATA, _REAL, _INT, _LONG, _DATA, _INT],
-    "products": [*_NEST, *_BIG, *_BIG, _DATA, _LONG, _DATA, _INT],
-    "mapped_products": [*_NEST, *_BIG, *_BIG, *[_DATA] * 4, _LONG, _LONG, _DATA, _DATA, _INT],
-    "map": [*_NEST, *_BIG, *_BIG, *[_DATA] * 5, _INT, _INT],
-    "combined": [*_NEST, *_BIG, *_BIG, *_BIG, *[_DATA] * 6, _INT],
-    "normalize": [
-        *_NEST,
-        *_BIG,
-        *_BIG,
-        *[_DATA] * 2,
-        _INT,
-        _REAL,
-        _LONG,
-        _REAL,
-        _INT,
-        _LONG,
-        _LONG,
-        *[_DATA] * 3,
-        _LONG,
-        *[_DATA] * 2,
-        _INT,
-        _INT,
-    ],
-    "gradients": [
-        *_NEST,
-        *_BIG,
-        *_BIG,
-        *_BIG,
-        _DATA,
-        _INT,
-        _REAL,
-        _LONG,
-        _INT,
-        _LONG,
-        _LONG,
-        *[_DATA] * 2,
-        _INT,
-    ],
-    "merge": [*[_DATA] * 3, _LONG, _LONG, _REAL, _DATA, _INT],
-    "move": [*[_DATA] * 5, _LONG, *[_REAL] * 3, _DATA],
-}
 
 
 def place(name: str) -> str | None:
@@ -81,11 +30,9 @@ def library() -> ctypes.CDLL | None:
         return None
     # For the whole process: TensorFlow's operations are a library of their own, which calls it.
     loaded = ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
-    for name, types in _ARGUMENTS.items():
-        getattr(loaded, f"keras_bn_{name}").argtypes = types
     process = ctypes.CDLL(None)
     if hasattr(process, "GOMP_parallel"):
-        loaded.keras_bn_threads(ctypes.cast(process.GOMP_parallel, _DATA))
+        loaded.keras_bn_threads(ctypes.cast(process.GOMP_parallel, ctypes.c_void_p))
     return loaded
 
 
@@ -105,12 +52,18 @@ def xla_calls() -> dict[str, Any]:
 
 
 @cache
-def call_types() -> frozenset[str]:
-    """Return the dtypes that these take."""
+def dtypes() -> frozenset[str]:
+    """Return the dtypes that the passes take; none where there is no library."""
     loaded = library()
     if loaded is None:
         return frozenset()
-    return frozenset(TYPES if loaded.keras_bn_reads_half() else TYPES.keys() - {"float16"})
+    half = ("float16",) if loaded.keras_bn_reads_half() else ()
+    return frozenset(("float32", "bfloat16", *half))
+
+
+def mask_of(axes: tuple[int, ...]) -> int:
+    """Return axes as one number, with a bit for each, as shape.h reads them."""
+    return sum(1 << axis for axis in axes)
 
 
 def numbers(
@@ -134,40 +87,8 @@ def numbers(
         is_training: Whether so many tensors are at work that no cache holds the result.
         threads: How many at most; None for one on each core that this process may use.
     """
-    mask = sum(2**axis for axis in axes)
     options = (is_centered, is_given, varies, is_training)
-    return [mask, together, *map(int, options), threads or cores()]
-
-
-@lru_cache(maxsize=4096)
-def dims(
-    shape: Shape,
-    x: Shape,
-    dy: Shape | None = None,
-    y: Shape | None = None,
-    weight: Shape | None = None,
-    cell: Shape | None = None,
-    column: Shape | None = None,
-) -> ctypes.Array[ctypes.c_int64]:
-    """Return sizes and strides as passes.c takes them.
-
-    Args:
-        shape: Sizes of the tensor.
-        x: Strides of the input [elements].
-        dy: Strides of the gradient of the output.
-        y: Strides of the output.
-        weight: Shape of the weights, which are dense.
-        cell: Shape of what there is for each sum, dense.
-        column: Shape of gamma and beta, dense.
-
-    Returns:
-        A row for the sizes, and one for the strides of each operand, 0 where it is absent.
-    """
-    absent = (0,) * len(shape)
-    large = [given or absent for given in (x, dy, y)]
-    small = [absent if sizes is None else strides(sizes) for sizes in (weight, cell, column)]
-    rows: list[Any] = [number for row in (shape, *large, *small) for number in row]
-    return (ctypes.c_int64 * len(rows))(*rows)
+    return [mask_of(axes), together, *map(int, options), threads or cores()]
 
 
 def corrected(correct: Any, sums: Any) -> list[float] | None:
@@ -200,9 +121,3 @@ def are_in_turn(columns: Any, sums: Any) -> bool:
     """
     first = next((axis for axis, size in enumerate(columns) if size != 1), len(columns))
     return tuple(columns)[first:] == tuple(sums)[first:]
-
-
-def strides(sizes: Shape) -> Shape:
-    """Return the strides of a dense array [elements], 0 where it is broadcast."""
-    steps = [*accumulate(reversed(sizes[1:]), mul, initial=1)][::-1]
-    return tuple(0 if size == 1 else step for size, step in zip(sizes, steps, strict=True))

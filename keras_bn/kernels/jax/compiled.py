@@ -16,7 +16,7 @@ from jax.interpreters import ad
 
 from keras_bn.core.affine import Learned
 from keras_bn.core.moments import Moments
-from keras_bn.kernels.compiled import RANK, are_in_turn, call_types, corrected, numbers, xla_calls
+from keras_bn.kernels.compiled import RANK, are_in_turn, corrected, dtypes, numbers, xla_calls
 from keras_bn.kernels.jax.operation import operation
 from keras_bn.kernels.normalization import How, Plan, how_of
 from keras_bn.types import Tensor
@@ -30,7 +30,7 @@ def _dtypes() -> frozenset[str]:
     for name, handler in xla_calls().items():
         target = jax.ffi.pycapsule(handler)
         jax.ffi.register_ffi_target(name, target, platform="cpu")
-    return call_types()
+    return dtypes()
 
 
 def has_passes() -> bool:

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from keras_bn.core.affine import Affine, Learned
 from keras_bn.core.moments import Moments
-from keras_bn.kernels.compiled import RANK, TYPES, are_in_turn, cores, corrected, library, place
+from keras_bn.kernels.compiled import RANK, are_in_turn, cores, corrected, dtypes, library, place
 from keras_bn.kernels.normalization import How, Plan, Whole, how_of, varies
 from keras_bn.kernels.tensorflow import calls, replaced
 from keras_bn.kernels.tensorflow.tracing import (
@@ -57,13 +57,13 @@ def has_passes() -> bool:
     return _operations() is not None and (not is_for_xla() or calls.are_known())
 
 
-def _serves(x: Tensor, *dtypes: str) -> bool:
+def _serves(x: Tensor, *others: str) -> bool:
     """Say whether the passes take a tensor, beside further dtypes."""
     if is_plain() or is_for_each_of_many():
         return False
     if x.shape.rank is None or x.shape.rank > RANK:
         return False
-    return {x.dtype.name, *dtypes} <= set(TYPES) and has_passes()
+    return {x.dtype.name, *others} <= dtypes() and has_passes()
 
 
 def _either(

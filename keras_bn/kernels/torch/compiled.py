@@ -8,10 +8,10 @@ import torch
 from keras_bn.core.affine import AS_IS, Affine, Learned
 from keras_bn.core.estimators import Average
 from keras_bn.core.moments import Moments, degrees_of_freedom, is_static, positive
-from keras_bn.kernels.compiled import RANK, are_in_turn, corrected
+from keras_bn.kernels.compiled import RANK, are_in_turn, corrected, mask_of
 from keras_bn.kernels.normalization import Plan, Whole, varies
 from keras_bn.kernels.torch import operations
-from keras_bn.kernels.torch.operations import TYPE, sums_of
+from keras_bn.kernels.torch.operations import DTYPES, sums_of
 from keras_bn.kernels.torch.tracing import is_memory, is_transformed, takes_operations
 from keras_bn.types import Tensor
 
@@ -24,28 +24,25 @@ def serves(x: Tensor) -> bool:
 
 
 def _is_known(x: Tensor) -> bool:
-    return x.dtype in TYPE and x.ndim <= RANK and x.numel() > 0
+    return x.dtype in DTYPES and x.ndim <= RANK and x.numel() > 0
 
 
-def _made_by(function: Any, x: Tensor) -> Any:
-    """Return a pass as a function, in compiled code as an operation; None for neither."""
-    if not _is_known(x):
-        return None
-    if is_memory(x):
-        return function
-    return function.operation if x.is_cpu and takes_operations() else None
+def _serves_compiled(x: Tensor) -> bool:
+    """Say whether the passes take a tensor, in compiled code too."""
+    return _is_known(x) and (is_memory(x) or (x.is_cpu and takes_operations()))
 
 
 def moments(
     x: Tensor, weights: Tensor | None, count: Any, axes: Axes, is_centered: bool = True
 ) -> list[Tensor] | None:
     """Return pivot, offset and m2 over the axes; about 0 if not centered."""
-    is_one = not isinstance(count, torch.Tensor)
-    weight, counts = _dense(weights), _dense(None if is_one else count, like=sums_of(x, axes))
-    if not serves(x) or weight is None or counts is None:
+    parts: list[Tensor] | None = []
+    if weights is not None:
+        weight, counts = _dense(weights), _dense(count, like=sums_of(x, axes))
+        parts = None if weight is None or counts is None else weight + counts
+    if not serves(x) or parts is None:
         return None
-    number = count if is_one else 0
-    return list(operations.moments(x, weight[0], counts[0], number, axes, is_centered).unbind())
+    return list(operations.moments(x, parts, mask_of(axes), is_centered).unbind())
 
 
 def products(x: Tensor, dy: Tensor, center: Tensor, axes: Axes) -> list[Tensor] | None:
@@ -78,12 +75,14 @@ def mapped(
         gamma = torch.ones_like(beta)
     elif beta is None and gamma is not None:
         beta = torch.zeros_like(gamma)
-    if not serves(x) or dtype not in TYPE:
+    if not serves(x) or dtype not in DTYPES:
         return None
     small, columns = _dense(*_filled(affine)), _dense(gamma, beta)
     if small is None or columns is None:
         return None
-    return operations.mapped(x, Affine(*small), columns[0], columns[1], dtype)
+    given = columns if gamma is not None else []
+    y: Tensor = operations.mapped(x, *small, given, x.requires_grad, dtype)
+    return y
 
 
 def combined(
@@ -104,25 +103,25 @@ def combined(
     weight, learned = _dense(weights), _dense(gamma)
     if small is None or weight is None or learned is None:
         return None
-    *affine, factor = small
-    return operations.combined(x, dy, Affine(*affine), factor, *weight, *learned)
+    one, other = ([part for part in parts if part is not None] for parts in (weight, learned))
+    dx: Tensor = operations.combined(x, dy, *small, one, other)
+    return dx
 
 
 def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments, Whole] | None:
     """Return y, the moments, and the map of each cell, which the gradient needs."""
     axes, together = plan.pooling.axes, plan.pooling.together or 1
     dtype, sums = getattr(torch, plan.dtype), sums_of(x, axes)
-    make = _made_by(operations.normalize, x)
-    if make is None or dtype not in TYPE:
+    if not _serves_compiled(x) or dtype not in DTYPES:
         return None
     columns, kept = _columns(learned, sums, axes), _kept(plan, sums)
     if columns is None or kept is None:
         return None
-    y, affine, rest = make(
-        x, *columns.parts, *kept, axes, columns.varies, together, plan.epsilon,
+    y, affine, rest = operations.normalize(
+        x, columns.parts, kept, mask_of(axes), columns.varies, together, plan.epsilon,
         plan.pooling.is_centered, x.requires_grad, dtype,
     )  # fmt: skip
-    if make is not operations.normalize:
+    if torch.compiler.is_compiling():
         # Keras sets a mask on it, which torch 2.13 forbids on one of several results.
         y = y.view_as(y)
     size = math.prod([x.shape[axis] for axis in axes])
@@ -132,10 +131,10 @@ def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments,
 
 def merged(sets: Moments) -> list[Tensor] | None:
     """Return pivot, offset and m2 of sets of one size along the first axis, all together."""
-    make, parts = _made_by(operations.merged, sets.pivot), _dense(*sets[1:])
-    if make is None or parts is None or is_transformed(*parts):
+    parts = _dense(*sets[1:])
+    if not _serves_compiled(sets.pivot) or parts is None or is_transformed(*parts):
         return None
-    return list(make(*[part.detach() for part in parts], sets.count).unbind())
+    return list(operations.merged(*[part.detach() for part in parts], sets.count).unbind())
 
 
 def moved(mean: Tensor, variance: Tensor, batch: Moments, average: Average) -> Any:
@@ -145,13 +144,15 @@ def moved(mean: Tensor, variance: Tensor, batch: Moments, average: Average) -> A
     if not is_number or is_transformed(*parts) or not _are_rows(mean, variance, *parts):
         return None
     divisor = positive(degrees_of_freedom(count)) if average.unbiased else count
-    return operations.moved(mean, variance, parts, divisor, average)
+    epsilon = -1.0 if average.epsilon is None else average.epsilon
+    new, are_any = operations.moved(mean, variance, *parts, divisor, average.momentum, epsilon)
+    return (*new.unbind(), are_any)
 
 
 def _are_rows(first: Tensor, *others: Tensor) -> bool:
     """Say whether tensors are as many elements in the order of memory, as the passes take them."""
     number = first.numel()
-    return first.dtype in TYPE and all(
+    return first.dtype in DTYPES and all(
         part.dtype == torch.float32
         and part.numel() == number
         and part.is_contiguous()
@@ -168,32 +169,22 @@ def gradients(
     if gamma is None and beta is not None:
         gamma = torch.ones_like(beta)
     are_varied, together = varies(learned, plan.pooling.axes), plan.pooling.together or 1
-    make = operations.gradients.operation if takes_operations() else operations.gradients
-    dx, found = make(
-        x, dy, None if gamma is None else gamma.contiguous(), whole.affine, are_varied, together,
-        plan.pooling.is_centered,
-    )  # fmt: skip
+    given = [] if gamma is None else [gamma.contiguous()]
+    dx, found = operations.gradients(
+        x, dy, whole.affine, given, are_varied, together, plan.pooling.is_centered
+    )
     pairs = zip((found[1], found[0]), learned, strict=True)
     return dx, *[gradient for gradient, part in pairs if part is not None]
 
 
-class _Kept(NamedTuple):
-    """What sets are corrected towards, as the passes take it.
+def _kept(plan: Plan, sums: Axes) -> list[Tensor] | None:
+    """Return what sets are corrected towards, and the limits; None if the passes do not so.
 
-    Attributes:
-        values: Means, then standard deviations; None for nothing.
-        limits: Least and most of r, most of d.
+    That is means and then standard deviations; least and most of r, most of d.
     """
-
-    values: Tensor | None
-    limits: Tensor | None
-
-
-def _kept(plan: Plan, sums: Axes) -> _Kept | None:
-    """Return what sets are corrected towards; None where the passes do not take it."""
     correct: Any = plan.correct
     if correct is None:
-        return _Kept(None, None)
+        return []
     parts, limits = _dense(correct.mean, correct.stddev), corrected(correct, sums)
     if parts is None or limits is None:
         return None
@@ -201,25 +192,25 @@ def _kept(plan: Plan, sums: Axes) -> _Kept | None:
         ends = torch.stack([torch.as_tensor(limit, dtype=torch.float64) for limit in limits])
     else:
         ends = torch.tensor(limits, dtype=torch.float64)
-    return _Kept(torch.stack(parts), ends)
+    return [torch.stack(parts), ends]
 
 
 class _Columns(NamedTuple):
     """What is learned, as the passes take it.
 
     Attributes:
-        parts: gamma and beta, both or neither.
+        parts: gamma and beta, or nothing.
         varies: Whether they vary within a set.
     """
 
-    parts: list[Tensor | None]
+    parts: list[Tensor]
     varies: bool
 
 
 def _columns(learned: Learned, sums: Axes, axes: Axes) -> _Columns | None:
     """Return gamma and beta; None where the passes do not take them."""
     if learned.is_nothing:
-        return _Columns([None, None], False)
+        return _Columns([], False)
     gamma, beta = learned
     gamma = torch.ones_like(beta) if gamma is None else gamma
     beta = torch.zeros_like(gamma) if beta is None else beta
