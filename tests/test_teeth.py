@@ -75,7 +75,7 @@ def plant(fault, folder):
     text = file.read_text()
     assert text.count(fault.sound) == 1, f"not once in {fault.file}: {fault.sound}"
     file.write_text(text.replace(fault.sound, fault.faulty))
-    if file.suffix == ".h":
+    if file.suffix in (".c", ".h"):
         build(file.parent)
 
 
@@ -84,6 +84,8 @@ def build(folder):
     (library,) = folder.glob("passes.*.so")
     library.unlink()  # a link to what other tests have loaded
     command = ["cc", "-O1", "-std=gnu11", "-w", "-DFOR_EACH_CPU=", "-fPIC", "-shared"]
+    # Else it would call the functions of the library that other tests have loaded.
+    command.append("-Wl,-Bsymbolic")
     sources = [folder / "passes.c", folder / "torch_ops.c"]
     subprocess.run([*command, "-o", library, *sources, "-lm"], check=True)
 

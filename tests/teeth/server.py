@@ -12,6 +12,8 @@ import sys
 
 import pytest
 
+from keras_bn.kernels.compiled import library
+
 
 class Failures:
     """Collects what failed, in a test or before it."""
@@ -54,6 +56,8 @@ def run(folder: str, tests: list[str], kernels: str) -> dict[str, str]:
 
 def main() -> None:
     """Answer requests until there are no more."""
+    # First of all: it is what the other libraries of a process call.
+    library()
     sys.dont_write_bytecode = True
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what tests print must not stand among the answers

@@ -284,7 +284,7 @@ static void gradients(Value *stack, uint64_t inputs, uint64_t outputs) {
     *shape = shape_with(&call, affine.size + 1, gamma[0].size, NULL, 0);
     make_like(&call, x->type);
     float *found = make(&call, 2, shape->columns);
-    /* The passes take both alike. */
+    /* The passes take both alike; so only dy is copied. */
     if (dy->type < 0 || !is_laid(dy, x->step))
         lay(&call, DY, call.order, dy->type < 0 ? x->type : dy->type);
     int is_done = 0;
