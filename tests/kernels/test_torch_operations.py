@@ -1,5 +1,7 @@
 """The passes in C as operations in code that torch.compile makes: right, and there to be used."""
 
+import ctypes
+
 import keras
 import numpy as np
 import pytest
@@ -115,7 +117,8 @@ def test_memory_may_lie_in_any_order(case, laid_out, backend):
 
 def samples(x):
     """Return arguments of each operation, for an input of two axes."""
-    rows, columns = torch.rand(2, x.shape[0], 1), torch.rand(6, 1, x.shape[1])
+    rows, columns = torch.rand(x.shape[0], 1), torch.rand(6, 1, x.shape[1])
+    counts = rows.sum().expand(1, x.shape[1]).contiguous()
     sets = torch.rand(3, 4, 3)
     ends = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
     dy, kept = torch.randn(x.shape), torch.rand(2, 1, x.shape[1]) + 1
@@ -127,13 +130,13 @@ def samples(x):
         "gradients": (x, dy, affine, [columns[3]], False, 1, True),
         "gradients of nothing learned": (x, dy, affine, [], False, 1, True),
         "moments": (x, [], 1, True),
-        "moments weighted": (x, [rows[0], rows[0].sum().expand(1, x.shape[1]).contiguous()], 1, True),
+        "moments weighted": (x, [rows, counts], 1, True),
         "products": (x, dy, columns[0]),
         "mapped_products": (x, dy, *columns[:3], columns[3]),
         "mapped": (x, *columns[:3], [], False, torch.bfloat16),
         "mapped learned": (x, *columns[:3], [*columns[3:5]], True, x.dtype),
         "combined": (x, dy, *columns[:4], [], [columns[4]]),
-        "combined weighted": (x, dy, *columns[:4], [rows[0]], []),
+        "combined weighted": (x, dy, *columns[:4], [rows], []),
         "merged": (*sets, 7),
         "moved": (*torch.rand(5, 9), 8.0, 0.9, -1.0),
     }
@@ -163,6 +166,14 @@ def test_an_operation_that_fails_says_so():
     for _ in range(3):
         with pytest.raises(RuntimeError, match="keras_bn"):
             operations.mapped(x, *torch.rand(3, 1, 5), [], False, torch.float64)
+
+
+# As PyTorch before 2.10 does.
+def test_a_library_that_lacks_the_interface_gets_no_operations():
+    lacking = ctypes.CDLL(library()._name)
+    assert not library().keras_bn_implement_for_torch(ctypes.c_void_p(lacking._handle), b"none")
+    assert not hasattr(torch.ops.keras_bn, "normalize_none")
+    test_an_operation_that_fails_says_so()
 
 
 @pytest.mark.parametrize("axis", [1, 2], ids=["first", "last"])

@@ -51,7 +51,8 @@ typedef void Operation(Value *stack, uint64_t inputs, uint64_t outputs);
           (_Bool, const char *function, const char *file, uint32_t line, const char *message))
 
 #define MEMBER(type, name, arguments) type(*name) arguments;
-static struct { FUNCTIONS(MEMBER) } torch;
+typedef struct { FUNCTIONS(MEMBER) } Functions;
+static Functions torch;
 
 /* The version of the interface that is used here, 2.10. */
 static const uint64_t VERSION = (uint64_t)2 << 56 | (uint64_t)10 << 48;
@@ -408,9 +409,11 @@ static void moved(Value *stack, uint64_t inputs, uint64_t outputs) {
 
 /* Look up what is used of PyTorch, in a library of it or what that has loaded. */
 static int find_functions(void *library) {
+    Functions found;
 #define FIND(type, name, arguments)                                                                \
-    if (!(torch.name = (type(*) arguments)dlsym(library, #name))) return 0;
+    if (!(found.name = (type(*) arguments)dlsym(library, #name))) return 0;
     FUNCTIONS(FIND)
+    torch = found;
     dtypes[FLOAT] = torch.aoti_torch_dtype_float32();
     dtypes[BFLOAT] = torch.aoti_torch_dtype_bfloat16();
     dtypes[HALF] = torch.aoti_torch_dtype_float16();
