@@ -2,6 +2,7 @@
 
     moments(x, axes, weights) -> Moments    apply(x, affine, dtype) -> y
     normalize(x, pooling, ...) -> y, Moments: both, and the algebra between them
+    normalized(x, pooling, ...) -> y: the same for who needs no moments
     merged(sets) -> Moments: what `normalize` found of sets of one size, all together
     harmless(x, weights) -> x with 0 for what weighs 0 and is too large, or NaN, to become 0 by it
     length(v, kept) -> |v|    with_length(v, g, kept) -> g·v / |v|: the same for a layer's kernel
@@ -36,6 +37,7 @@ from keras_bn.kernels.active import (
     moments,
     moved,
     normalize,
+    normalized,
 )
 from keras_bn.kernels.lengths import length, with_length
 
@@ -53,5 +55,6 @@ __all__ = [
     "moments",
     "moved",
     "normalize",
+    "normalized",
     "with_length",
 ]

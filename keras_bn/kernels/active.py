@@ -33,7 +33,7 @@ if _is_known:
     _own = importlib.import_module(f"keras_bn.kernels.{_backend}")
 _kernel: Any = generic if _is_generic else _own
 
-_whole: Callable[..., tuple[Tensor, Moments]] | None = getattr(_kernel, "normalize", None)
+_whole: Callable[..., tuple[Tensor, Any]] | None = getattr(_kernel, "normalize", None)
 apply: Callable[..., Tensor] = _kernel.apply
 harmless: Callable[..., Tensor] = getattr(_kernel, "harmless", generic.harmless)
 
@@ -122,11 +122,21 @@ def normalize(
     Returns:
         y and the moments; those of an empty set have count 0.
     """
+    return _made(x, learned, Plan(pooling, epsilon, dtype, correct, kept, _hold))
+
+
+def normalized(x: Tensor, pooling: Pooling, learned: Learned, epsilon: float, dtype: str) -> Tensor:
+    """Return the y of `normalize` alone."""
+    y, _ = _made(x, learned, Plan(pooling, epsilon, dtype, hold=_hold, is_alone=True))
+    return y
+
+
+def _made(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Any]:
+    pooling = plan.pooling
     if pooling.total is not None:
         total = pooling.total
         # Compiled code would sum what belongs together again for each element (torch 2.13).
-        pooling = pooling._replace(total=lambda cells: _hold(total(cells)))
-    plan = Plan(pooling, epsilon, dtype, correct, kept, _hold)
+        plan = plan._replace(pooling=pooling._replace(total=lambda cells: _hold(total(cells))))
     # JAX would count a collective inside a derivative by hand twice: then in parts.
     is_whole = pooling.across is None or hasattr(pooling.across, "total")
     if is_whole and _whole is not None:

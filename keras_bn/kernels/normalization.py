@@ -30,6 +30,8 @@ class Plan(NamedTuple):
         correct: Gives r and d from the moments; None for 1 and 0.
         kept: Moments in place of those of an empty set; None to take 0.
         hold: Keeps a compiler from computing a value again, where it is used or may have moved.
+        is_alone: Whether all that is asked for is y, of a plan without `correct`; a kernel may give
+            None for the moments.
     """
 
     pooling: Pooling
@@ -38,6 +40,7 @@ class Plan(NamedTuple):
     correct: Corrector | None = None
     kept: Moments | None = None
     hold: Callable[[Tensor], Tensor] = as_it_is
+    is_alone: bool = False
 
     @property
     def is_simple(self) -> bool:

@@ -99,7 +99,7 @@ class Kernel:
         (y,) = self._run(Step(forward, backward, plain), x, *affine)
         return y
 
-    def normalize(self, x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments]:
+    def normalize(self, x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments | None]:
         """Return y and the moments, as `normalization.normalize`.
 
         Differentiated as a whole, dx is one map of x and dy; else it is the sum of what comes
@@ -113,12 +113,12 @@ class Kernel:
             whole = self._whole(x, learned.filled(given), plan)
             if whole is not None:
                 y, found, seen = whole
-                return (y,), _tensors(found), seen
+                return (y,), () if plan.is_alone else _tensors(found), seen
             y, found, seen = normalize(Forward(passes), x, learned.filled(given), plan)
             # The others are no outputs.
             count, center = _apart(seen.count), _apart(seen.affine.center)
             seen = seen._replace(count=count, affine=seen.affine._replace(center=center))
-            return (y,), _tensors(found), seen
+            return (y,), () if plan.is_alone else _tensors(found), seen
 
         def backward(inputs: Any, seen: Any, grads: Any) -> Any:
             (x, *given), (dy,) = inputs, grads
@@ -133,9 +133,11 @@ class Kernel:
             is_fixed = seen is not None and plan.correct is not None
             fixed = plan._replace(correct=lambda _: seen.correction) if is_fixed else plan
             y, found, _ = normalize(generic, inputs[0], learned.filled(inputs[1:]), fixed)
-            return (y,), _tensors(found)
+            return (y,), () if plan.is_alone else _tensors(found)
 
         y, *found = self._run(Step(forward, backward, plain), x, *learned.given)
+        if plan.is_alone:
+            return y, None
         if len(found) == 4:
             return y, Moments(*found)
         return y, Moments(passes.number(x, axes) * (plan.pooling.together or 1), *found)

@@ -11,11 +11,13 @@ from keras_bn import kernels
 from keras_bn.core import native, pooling
 from keras_bn.core.affine import Learned
 from keras_bn.core.dtypes import UNIT_ROUNDOFF, statistics_dtype
-from keras_bn.core.moments import Moments
 from keras_bn.core.pooling import Pooling
 from keras_bn.errors import invalid
 from keras_bn.layers.options import checked
 from keras_bn.types import Shape, Tensor
+
+# Gives a tensor other axes.
+View = Callable[[Tensor], Tensor]
 
 
 class Configured(keras.layers.Layer):
@@ -187,28 +189,23 @@ class Normalization(Configured):
             return None
         return native.reshape(native.cast(value, dtype), self._broadcast)
 
-    def _learned(self, dtype: str) -> Learned:
-        return Learned(self._spread(self.gamma, dtype), self._spread(self.beta, dtype))
+    def _learned(self, dtype: str, view: View | None = None) -> Learned:
+        """Return gamma and beta as they broadcast against the input, or, viewed, a view of it."""
+        learned = Learned(self._spread(self.gamma, dtype), self._spread(self.beta, dtype))
+        if view is None:
+            return learned
+        return Learned(*(part if part is None else view(part) for part in learned))
 
-    def _normalized(
-        self,
-        x: Tensor,
-        pooling: Pooling,
-        view: Callable[[Tensor], Tensor] | None = None,
-        **how: Any,
-    ) -> tuple[Tensor, Moments]:
-        """Return the output and the moments by which it is normalized.
+    def _normalized(self, x: Tensor, pooling: Pooling, view: View | None = None) -> Tensor:
+        """Return the output.
 
         Args:
             x: The input, or a view of it.
             pooling: Which of its elements belong to one set.
             view: Gives gamma and beta the axes of that view.
-            **how: As for `kernels.normalize`.
         """
-        learned = self._learned(self._statistics_dtype(x))
-        if view is not None:
-            learned = Learned(*(part if part is None else view(part) for part in learned))
-        return kernels.normalize(x, pooling, learned, self.epsilon, self.compute_dtype, **how)
+        learned = self._learned(self._statistics_dtype(x), view)
+        return kernels.normalized(x, pooling, learned, self.epsilon, self.compute_dtype)
 
 
 def _serialized(value: Any) -> Any:

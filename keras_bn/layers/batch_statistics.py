@@ -117,8 +117,12 @@ class BatchStatistics(Normalization):
         self, x: Tensor, pooling: Pooling, kept: Moments | None, view: Any = None
     ) -> tuple[Tensor, Moments]:
         """Return the corrected output and the moments of what is pooled."""
-        correct = self._corrector(self._statistics_dtype(x))
-        y, moments = self._normalized(x, pooling, view, correct=correct, kept=kept)
+        dtype = self._statistics_dtype(x)
+        learned = self._learned(dtype, view)
+        correct: Any = self._corrector(dtype)  # for mypy, a tuple cannot be called
+        y, moments = kernels.normalize(
+            x, pooling, learned, self.epsilon, self.compute_dtype, correct, kept
+        )
         self._warn_of_one_element(moments)
         return y, moments
 

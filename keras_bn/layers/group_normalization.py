@@ -112,7 +112,7 @@ class GroupNormalization(Normalization):
         (axis,) = self._kept
         pooling = Pooling(reduced_axes(len(x.shape), (0, axis)), weights)
         if self.groups == -1:
-            return self._normalized(x, pooling)[0]
+            return self._normalized(x, pooling)
         if not pooling.axes:
             return self._normalized_without_space(x, weights)
         # The channels of an image are not split: that would cost more than all sums together.
@@ -121,11 +121,11 @@ class GroupNormalization(Normalization):
         pooling = pooling._replace(
             total=group_total(axis, channels, self.groups), together=together, are_neighbours=True
         )
-        return self._normalized(x, pooling)[0]
+        return self._normalized(x, pooling)
 
     def _normalized_without_space(self, x: Tensor, weights: Tensor | None) -> Tensor:
         """Normalize an input of rank 2, whose groups lie side by side."""
         split = functools.partial(split_groups, axis=1, groups=self.groups)
         pooling = Pooling((2,), None if weights is None else split(weights))
-        y, _ = self._normalized(split(x), pooling, split)
+        y = self._normalized(split(x), pooling, split)
         return ops.reshape(y, ops.shape(x))

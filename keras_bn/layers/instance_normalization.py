@@ -102,4 +102,4 @@ class InstanceNormalization(Normalization):
         """Return the normalized input."""
         x, weights = self._prepared(inputs, mask)
         pooling = Pooling(reduced_axes(len(x.shape), (0, *self._kept)), weights)
-        return self._normalized(x, pooling)[0]
+        return self._normalized(x, pooling)

@@ -85,7 +85,7 @@ class LayerNormalization(Normalization):
     def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the normalized input."""
         x, _ = self._prepared(inputs, None)
-        return self._normalized(x, Pooling(self._kept))[0]
+        return self._normalized(x, Pooling(self._kept))
 
 
 class RMSNormalization(Normalization):
@@ -148,4 +148,4 @@ class RMSNormalization(Normalization):
     def call(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the input, divided by its root mean square."""
         x, _ = self._prepared(x, None)
-        return self._normalized(x, Pooling(self._kept, is_centered=False))[0]
+        return self._normalized(x, Pooling(self._kept, is_centered=False))

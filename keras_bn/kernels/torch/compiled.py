@@ -108,7 +108,7 @@ def combined(
     return dx
 
 
-def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments, Whole] | None:
+def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Any, Whole] | None:
     """Return y, the moments, and the map of each cell, which the gradient needs."""
     axes, together = plan.pooling.axes, plan.pooling.together or 1
     dtype, sums = getattr(torch, plan.dtype), sums_of(x, axes)
@@ -124,6 +124,8 @@ def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments,
     if torch.compiler.is_compiling():
         # Keras sets a mask on it, which torch 2.13 forbids on one of several results.
         y = y.view_as(y)
+    if plan.is_alone:
+        return y, None, Whole(affine)
     size = math.prod([x.shape[axis] for axis in axes])
     (center, *_), (offset, m2, *correction) = affine.unbind(), rest.unbind()
     return y, Moments(size * together, center, offset, m2), Whole(affine, *correction)
