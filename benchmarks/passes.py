@@ -3,10 +3,11 @@
     KERAS_BACKEND=torch make bench BENCH=passes [ARGS="--only 'BN conv' --seconds 1"]
 
 Before each step there is one of Keras' layer on the same tensors, so no cache holds any of ours.
-`forward` are the passes of the normalization, with those that merge ghosts and move statistics,
-`backward` those of its gradients; `beside` them is the rest of the step: Python, of ours and of
-Keras, and PyTorch's autograd. `x stream` is the time in the passes over that in which the best
-streaming pass of this process moves x, y, x, dy and dx, each once. Medians in ms.
+`forward` are the operations of the normalization, with those that merge ghosts and move
+statistics, `backward` those of its gradients, memory for their results included; `beside` them is
+the rest of the step: Python, of ours and of Keras, and PyTorch's autograd. `x stream` is the time
+in the operations over that in which the best streaming pass of this process moves x, y, x, dy and
+dx, each once. Medians in ms.
 """
 
 import argparse
@@ -25,25 +26,24 @@ import layers
 import numpy as np
 from measuring import heading, streaming_bandwidth, table
 
+FORWARD = ("normalize", "moments", "mapped", "merged", "moved")
 BACKWARD = ("gradients", "products", "mapped_products", "combined")
 HEADER = ("layer", "shape", "step", "forward", "backward", "beside", "x stream")
 
 
 class Clock:
-    """The library, and the seconds in each of its passes since it was cleared."""
+    """The seconds in each operation since it was cleared."""
 
-    def __init__(self, library: Any) -> None:
-        self._library = library
+    def __init__(self, operations: Any) -> None:
         self.seconds: dict[str, float] = {}
+        for name in FORWARD + BACKWARD:
+            setattr(operations, name, self._timed(name, getattr(operations, name)))
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        function, short = getattr(self._library, name), name.removeprefix("keras_bn_")
-
+    def _timed(self, name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:
             start = time.perf_counter()
-            found = function(*arguments)
-            spent = time.perf_counter() - start
-            self.seconds[short] = self.seconds.get(short, 0.0) + spent
+            found = operation(*arguments)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
             return found
 
         return timed
@@ -59,10 +59,10 @@ def main() -> None:
         sys.exit("This times the passes in PyTorch: set KERAS_BACKEND=torch.")
     from keras_bn.kernels.torch import operations  # other backends may be without PyTorch
 
-    if operations._library is None:
+    if not operations.DTYPES:
         sys.exit("There are no passes: built without a compiler, or switched off.")
     print(heading(), flush=True)
-    clock = operations._library = Clock(operations._library)
+    clock = Clock(operations)
     chosen = [case for case in cases() if set(options.only.split()) <= set(case)]
     print(table([HEADER, *(measured(*case, clock, options.seconds) for case in chosen)], False))
 
@@ -94,8 +94,8 @@ def measured(layer: str, shape: str, clock: Clock, seconds: float) -> tuple[str,
         start = time.perf_counter()
         ours()
         spent = time.perf_counter() - start
-        backward = sum(clock.seconds.pop(name, 0.0) for name in BACKWARD)
-        rounds.append((spent, sum(clock.seconds.values()), backward))
+        parts = [sum(clock.seconds.get(n, 0.0) for n in names) for names in (FORWARD, BACKWARD)]
+        rounds.append((spent, *parts))
     step, forward, backward = (statistics.median(part) for part in zip(*rounds[2:], strict=True))
     nbytes = int(np.prod(sizes)) * 4
     stream = 5 * nbytes / streaming_bandwidth(nbytes, engine)
