@@ -162,10 +162,12 @@ def test_pytorch_knows_of_each_operation_what_it_gives(name, view):
 
 
 def test_an_operation_that_fails_says_so():
-    x = torch.randn(6, 5)
+    x, deep = torch.randn(6, 5), torch.randn((2,) * 12)
     for _ in range(3):
         with pytest.raises(RuntimeError, match="keras_bn"):
             operations.mapped(x, *torch.rand(3, 1, 5), [], False, torch.float64)
+        with pytest.raises(RuntimeError, match="keras_bn"):
+            operations.moments(deep, [], 1, True)
 
 
 # As PyTorch before 2.10 does.

@@ -181,9 +181,10 @@ static Tensor *empty(Call *call, int64_t rank, const int64_t *size, const int64_
     return made;
 }
 
-/* Make the result that is like the input, of which there is the shape. */
+/* Make the result that is like the input. */
 static void make_like(Call *call, int type) {
     const Array *x = &call->big[X];
+    find_order(call, x);
     Tensor *made = empty(call, x->rank, x->size, call->order, type);
     call->made[call->results++] = made;
     call->big[Y] = array_of(call, made);
@@ -217,7 +218,8 @@ static void lay(Call *call, int operand, const int64_t *step, int type) {
    so, with the last axis as lines. */
 static int is_worth_a_try(Call *call) {
     int64_t step[RANK], number = 1;
-    for (int64_t i = call->shape.rank - 1; i >= 0; number *= call->shape.size[i--]) step[i] = number;
+    const Shape *shape = &call->shape;
+    for (int i = shape->rank - 1; i >= 0; number *= shape->size[i--]) step[i] = number;
     for (int operand = X; operand <= Y && !call->has_failed; operand++) {
         Array *x = &call->big[operand];
         if (!x->tensor) continue;
@@ -231,7 +233,7 @@ static int is_worth_a_try(Call *call) {
 static Call call_of(Value *stack) {
     Call call = {stack};
     call.big[X] = given(&call, 0);
-    find_order(&call, &call.big[X]);
+    if (call.big[X].rank > RANK) call.big[X].rank = 0, call.has_failed = 1;
     return call;
 }
 
@@ -246,7 +248,8 @@ static void finish(Call *call, int is_done) {
         else if (call->made[i]) torch.aoti_torch_delete_tensor_object(call->made[i]);
     }
     if (has_failed)
-        torch.aoti_torch_check(0, __func__, "torch_ops.c", __LINE__, "keras_bn: no memory");
+        torch.aoti_torch_check(0, __func__, "torch_ops.c", __LINE__,
+                               "keras_bn: no memory, or a tensor that the passes do not take");
 }
 
 /* ---- The operations. */
@@ -264,7 +267,8 @@ static void normalize(Value *stack, uint64_t inputs, uint64_t outputs) {
     Shape *shape = &call.shape;
     *shape = shape_with(&call, NULL, learned[0].size, NULL, (int64_t)stack[3]);
     make_like(&call, type_of((int32_t)stack[9]));
-    float *affine = make(&call, 3, shape->sums), *rest = make(&call, kept->data ? 4 : 2, shape->sums);
+    float *affine = make(&call, 3, shape->sums);
+    float *rest = make(&call, kept->data ? 4 : 2, shape->sums);
     int is_done = 0;
     while (!is_done && is_worth_a_try(&call))
         is_done = keras_bn_normalize(
