@@ -266,9 +266,9 @@ FAULTS = {
     ),
     "gamma without gradient": Fault(
         "layers/base.py",
-        "return Learned(self._spread(self.gamma, dtype),",
+        "learned = Learned(self._spread(self.gamma, dtype),",
         "gamma = self._spread(self.gamma, dtype)\n"
-        "        return Learned(None if gamma is None else ops.stop_gradient(gamma),",
+        "        learned = Learned(None if gamma is None else ops.stop_gradient(gamma),",
         FUZZ.format(6),
     ),
     "frozen layer trains": Fault(
