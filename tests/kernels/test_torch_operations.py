@@ -273,8 +273,8 @@ TRANSFORMS = {
 
 
 # An operation without derivatives would pass for a constant there. PyTorch loads its decompositions
-# with a function that it has deprecated itself (torch 2.13).
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+# with a function that it has deprecated itself (torch 2.13, 2.14).
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize(("transform", "made"), TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize("kind", [keras_bn.GroupNormalization, keras_bn.LayerNormalization])
 def test_transforms_within_compiled_code_get_plain_operations(kind, transform, made, called):
