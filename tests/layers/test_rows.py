@@ -10,6 +10,7 @@ from tests.layers.half import check_rounded_once
 from tests.oracle import expected, weights_by_name
 
 U = hard.unit_roundoff("float32")
+COMPILED = "traced" if keras.backend.backend() == "torch" else "compiled"
 # κ of the rows; "some" are far from 0 among others that are not.
 ROWS = {"near 0": 0.5, "far": 1e4, "very far": 1e5, "some": np.array([0.0, 1e4, 3.0, 1e2] * 8)}
 every_row = pytest.mark.parametrize("mean", ROWS.values(), ids=ROWS)
@@ -114,3 +115,25 @@ def test_rows_of_a_view_are_those_of_its_copy(run):
     copy = run(layer, x.T.copy(), dy.T.copy())
     assert np.allclose(view.y, copy.y, atol=1e-6)
     assert np.allclose(view.dx, copy.dx, atol=1e-6)
+
+
+# What is learned is the same along axes on both sides, of which few elements or many are summed.
+@pytest.mark.parametrize("shape", [(6, 5, 3), (40, 5, 60), (3, 7, 2, 5)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", [keras_bn.LayerNormalization, keras_bn.RMSNormalization])
+@pytest.mark.parametrize("how", ["eager", COMPILED])
+@pytest.mark.usefixtures("x64")
+def test_the_normalized_axis_may_stand_between_others(kind, dtype, shape, how, run):
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal(shape).astype(dtype) for _ in range(2))
+    layer = kind(axis=1, dtype=dtype)
+    layer.build(shape)
+    wanted = expected(layer, weights_by_name(layer), x, dy, training=True)
+    found = run(layer, x, dy, how)
+    u = hard.unit_roundoff(dtype)
+    assert hard.share(found.y - wanted.y, 16 * u * (1 + np.abs(wanted.y))) <= 1
+    assert hard.share(found.dx - wanted.dx, 64 * u * (1 + np.abs(wanted.dx))) <= 1
+    others = tuple(axis for axis in range(len(shape)) if axis != 1)
+    for name, gradient in wanted.gradients.items():
+        sizes = np.sum(np.abs(dy) * (1 + np.abs(wanted.y)), others)
+        assert hard.share(found.gradients[name] - gradient, 8 * u * sizes) <= 1

@@ -73,12 +73,22 @@ def _sums(x: Tensor, axes: Any) -> Tensor:
 
 
 def _products(x: Tensor, axes: Any) -> Tensor:
-    """Sum in a product with ones, over neighbouring axes."""
+    """Sum in products with ones, each over axes that are neighbours."""
+    left = sorted(axes)
+    while left:
+        first = last = left.pop()
+        while left and left[-1] == first - 1:
+            first = left.pop()
+        x = _product(x, first, last + 1)
+    return x
+
+
+def _product(x: Tensor, first: int, end: int) -> Tensor:
+    """Sum over the axes from the first one on, before the end."""
     sizes = _sizes(x)
-    first, last = min(axes), max(axes) + 1
-    rows = [math.prod(sizes[:first]), math.prod(sizes[first:last]), math.prod(sizes[last:])]
+    rows = [math.prod(sizes[:first]), math.prod(sizes[first:end]), math.prod(sizes[end:])]
     total = tf.matmul(tf.ones([rows[0], 1, rows[1]], x.dtype), tf.reshape(x, rows))
-    return tf.reshape(total, [*sizes[:first], *(1 for _ in axes), *sizes[last:]])
+    return tf.reshape(total, [*sizes[:first], *(1 for _ in range(first, end)), *sizes[end:]])
 
 
 def _squares(x: Tensor, axes: Any) -> Tensor:
