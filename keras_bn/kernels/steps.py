@@ -106,6 +106,7 @@ class Kernel:
         through y and of what comes through the moments.
         """
         passes, axes, weights = self._passes, plan.pooling.axes, plan.pooling.weights
+        further: Any = (lambda _: ()) if plan.is_alone else _tensors
         if weights is not None:
             plan = plan._replace(pooling=plan.pooling._replace(weights=_spread(weights, x)))
 
@@ -113,12 +114,12 @@ class Kernel:
             whole = self._whole(x, learned.filled(given), plan)
             if whole is not None:
                 y, found, seen = whole
-                return (y,), () if plan.is_alone else _tensors(found), seen
+                return (y,), further(found), seen
             y, found, seen = normalize(Forward(passes), x, learned.filled(given), plan)
             # The others are no outputs.
             count, center = _apart(seen.count), _apart(seen.affine.center)
             seen = seen._replace(count=count, affine=seen.affine._replace(center=center))
-            return (y,), () if plan.is_alone else _tensors(found), seen
+            return (y,), further(found), seen
 
         def backward(inputs: Any, seen: Any, grads: Any) -> Any:
             (x, *given), (dy,) = inputs, grads
@@ -133,7 +134,7 @@ class Kernel:
             is_fixed = seen is not None and plan.correct is not None
             fixed = plan._replace(correct=lambda _: seen.correction) if is_fixed else plan
             y, found, _ = normalize(generic, inputs[0], learned.filled(inputs[1:]), fixed)
-            return (y,), () if plan.is_alone else _tensors(found)
+            return (y,), further(found)
 
         y, *found = self._run(Step(forward, backward, plain), x, *learned.given)
         if plan.is_alone:

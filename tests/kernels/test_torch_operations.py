@@ -1,4 +1,4 @@
-"""The passes in C as operations in code that torch.compile makes: right, and there to be used."""
+"""The passes in C as operations of PyTorch: right, and in compiled code there to be used."""
 
 import ctypes
 

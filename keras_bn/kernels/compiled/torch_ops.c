@@ -21,7 +21,7 @@ typedef struct Library Library;
 typedef uint64_t Value;
 typedef void Operation(Value *stack, uint64_t inputs, uint64_t outputs);
 
-/* All but one return 0, or another number after an error. */
+/* Those that do something return 0, or another number after an error; the check raises one. */
 #define FUNCTIONS(known)                                                                           \
     known(int, aoti_torch_library_init_impl,                                                       \
           (const char *space, const char *key, const char *file, uint32_t line, Library **))       \
@@ -181,6 +181,11 @@ static Tensor *empty(Call *call, int64_t rank, const int64_t *size, const int64_
     return made;
 }
 
+static void write_dense(int64_t *step, const int64_t *size, int rank) {
+    int64_t number = 1;
+    for (int i = rank - 1; i >= 0; number *= size[i--]) step[i] = number;
+}
+
 /* Make the result that is like the input. */
 static void make_like(Call *call, int type) {
     const Array *x = &call->big[X];
@@ -192,9 +197,9 @@ static void make_like(Call *call, int type) {
 
 /* Make a result of so many parts of what there is for each cell or column. */
 static float *make(Call *call, int64_t parts, int64_t *sizes) {
-    int64_t step[RANK + 1], number = 1;
+    int64_t step[RANK + 1];
     sizes[0] = parts;
-    for (int i = call->shape.rank; i >= 0; number *= sizes[i--]) step[i] = number;
+    write_dense(step, sizes, call->shape.rank + 1);
     Tensor *made = empty(call, call->shape.rank + 1, sizes, step, FLOAT);
     call->made[call->results++] = made;
     return array_of(call, made).data;
@@ -217,9 +222,8 @@ static void lay(Call *call, int operand, const int64_t *step, int type) {
 /* Say whether to try a pass: on the tensors as they lie, and then, for the passes may not take them
    so, with the last axis as lines. */
 static int is_worth_a_try(Call *call) {
-    int64_t step[RANK], number = 1;
-    const Shape *shape = &call->shape;
-    for (int i = shape->rank - 1; i >= 0; number *= shape->size[i--]) step[i] = number;
+    int64_t step[RANK];
+    write_dense(step, call->shape.size, call->shape.rank);
     for (int operand = X; operand <= Y && !call->has_failed; operand++) {
         Array *x = &call->big[operand];
         if (!x->tensor) continue;
