@@ -37,6 +37,18 @@ CASES = {
 }
 every_case = pytest.mark.parametrize(("shape", "axes", "varied"), CASES.values(), ids=CASES)
 
+# The same, of results too large for a cache to hold until they are read: 8 MiB in float32.
+LARGE = {
+    "columns": ((16_500, 128), (0,), (1,)),
+    "any number of columns": ((21_000, 100), (0,), (1,)),
+    "rows": ((33_000, 64), (1,), (1,)),
+    "rows of any length": ((21_300, 99), (1,), (1,)),
+    "long rows": ((700, 3008), (1,), (1,)),
+    "instances": ((4, 91, 91, 64), (1, 2), (3,)),
+    "instances, channels first": ((4, 64, 91, 91), (2, 3), (1,)),
+}
+every_large_case = pytest.mark.parametrize(("shape", "axes", "varied"), LARGE.values(), ids=LARGE)
+
 WEIGHTS = {"rows": (700, 1), "columns": (1, 96), "elements": (700, 96)}
 every_weight = pytest.mark.parametrize("sizes", WEIGHTS.values(), ids=WEIGHTS)
 

@@ -25,6 +25,7 @@ from tests.kernels.compiled_cases import (
     drawn_to_correct,
     every_batch,
     every_case,
+    every_large_case,
     every_learned,
     every_limit,
     every_weight,
@@ -93,6 +94,13 @@ def test_normalization_and_its_gradients_are_right(shape, axes, varied, mean, th
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_rounded_once(shape, axes, varied, dtype):
     check(*drawn(shape, axes, varied, 0.5, dtype), axes, dtype=dtype)
+
+
+@every_large_case
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_results_that_no_cache_holds_are_as_right(shape, axes, varied, dtype):
+    shape = shape if dtype == "float32" else (2 * shape[0], *shape[1:])
+    check(*drawn(shape, axes, varied, 0.5, dtype), axes, how=by_any_way, dtype=dtype)
 
 
 MIXED = [("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16")]

@@ -424,6 +424,18 @@ if BACKEND == "torch":
             "bits[j] >> 16",
             "tests/kernels/test_compiled.py",
         ),
+        "results that go past the caches out of order": Fault(
+            f"{COMPILED}lines.h",
+            "values[i + 2], values[i + 3]",
+            "values[i + 3], values[i + 2]",
+            f"{EVERYWHERE} -k no_cache_holds",
+        ),
+        "results left on their way past the caches": Fault(
+            f"{COMPILED}passes.h",
+            "if (job->is_past_caches) copy_past_caches(",
+            "if (0) copy_past_caches(",
+            f"{EVERYWHERE} -k no_cache_holds",
+        ),
         "gradients of what is learned forgotten where sets are lines": Fault(
             f"{COMPILED}rows.h",
             "if (sum == PRODUCTS) add_to_columns(job, from, to, 0, job->columns.number, part);",

@@ -154,6 +154,16 @@ INLINED Eight eight_of(Floats values, int from) {
 }
 #endif
 
+/* Write values to memory that nobody reads soon, past the caches. */
+INLINED void stream(float *target, Floats values) {
+#ifdef __SSE2__
+    for (int i = 0; i < LANES; i += 4)
+        _mm_stream_ps(target + i, (__m128){values[i], values[i + 1], values[i + 2], values[i + 3]});
+#else
+    memcpy(target, &values, sizeof values);
+#endif
+}
+
 INLINED void add(Total *total, Floats values) {
     total->low += doubles_of(EIGHT(values, 0));
     total->high += doubles_of(EIGHT(values, HALF_LANES));
@@ -221,7 +231,7 @@ INLINED void add_ends(const Ends *ends, int rows, int64_t apart, double *first, 
     return (Ends){firsts.low + firsts.high, seconds.low + seconds.high, c, d}
 
 #define SOME(values, how, j) ((how) == MANY ? loaded((values) + (j)) : repeated(*(values)))
-#define OF(values, how) ((values)[(how) == MANY ? j : 0])
+#define OF(values, how, j) ((values)[(how) == MANY ? (j) : 0])
 
 INLINED void add_moments(const float *x, int weight, const float *w, double origin,
                          Doubles *first, Doubles *second) {
@@ -250,7 +260,7 @@ INLINED Ends moments_line(const float *restrict x, int64_t n, int weight, const 
     for (; j + HALF_LANES <= n; j += HALF_LANES)
         add_moments(x + j, weight, weight == MANY ? w + j : w, origin, &firsts.low, &seconds.low);
     for (; j < n; j++) {
-        double own = weight ? OF(w, weight) : 1, deviation = own != 0 ? x[j] - origin : 0;
+        double own = weight ? OF(w, weight, j) : 1, deviation = own != 0 ? x[j] - origin : 0;
         c += own * deviation, d += own * deviation * deviation;
     }
     return (Ends){firsts.low + firsts.high, seconds.low + seconds.high, c, d};
@@ -298,9 +308,10 @@ INLINED Ends mapped_products_line(const float *restrict x, const float *restrict
     } while (0)
 #define ONE_AT(j, a, b)                                                                   \
     do {                                                                                  \
-        float slope = dy[j] * OF(gamma, column);                                          \
+        float slope = dy[j] * OF(gamma, column, j);                                       \
         a += slope;                                                                       \
-        b += slope * ((x[j] - OF(center, cell)) * OF(scale, cell) + OF(shift, cell));     \
+        float z = (x[j] - OF(center, cell, j)) * OF(scale, cell, j);                      \
+        b += slope * (z + OF(shift, cell, j));                                            \
     } while (0)
     ALONG_LINE(n, LANES_FROM, ONE_AT);
 #undef LANES_FROM
@@ -361,7 +372,7 @@ INLINED void moments_block(const float *restrict x, int64_t step, int rows, int6
                            double *restrict first, double *restrict second, Next next) {
 #define FETCH(j) fetch_next(x, step, rows, next, j)
 #define COLUMN_AT(j)                                                                      \
-    moments_column(x + j, step, rows, weight ? OF(w, weight) : 1, pivot[j], first + j,    \
+    moments_column(x + j, step, rows, weight ? OF(w, weight, j) : 1, pivot[j], first + j, \
                    second + j)
     BY_COLUMNS(n, FETCH, COLUMN_AT)
 #undef FETCH
@@ -394,7 +405,7 @@ INLINED void mapped_products(const float *restrict x, const float *restrict dy, 
                              const float *restrict shift, const float *restrict gamma,
                              double *restrict first, double *restrict second) {
     for (int64_t j = 0; j < n; j++) {
-        float slope = dy[j] * OF(gamma, column);
+        float slope = dy[j] * OF(gamma, column, j);
         first[j] += slope, second[j] += slope * ((x[j] - center[j]) * scale[j] + shift[j]);
     }
 }
@@ -415,28 +426,46 @@ INLINED void column_products_block(const float *restrict x, int64_t step, const 
 #undef TERM
 }
 
-/* Maps. */
+/* Maps: `value(Numbers, get, out)` makes what comes from j on, of all that SOME or OF gets there. A
+   stream goes from where it is made past the caches; its length is a multiple of LANES. */
 
-INLINED void map_line(float *restrict y, const float *restrict x, int64_t n, int cell, int column,
-                      const float *restrict center, const float *restrict slope,
-                      const float *restrict level, const float *restrict gamma,
-                      const float *restrict beta) {
-    for (int64_t j = 0; j < n; j++) {
-        float z = (x[j] - OF(center, cell)) * OF(slope, cell) + OF(level, cell);
-        y[j] = column ? z * OF(gamma, column) + OF(beta, column) : z;
-    }
+#define ALONG_MAP(y, n, is_stream, value)                                                 \
+    int64_t j = 0;                                                                        \
+    for (; (is_stream) && j < (n); j += LANES) {                                          \
+        Floats some;                                                                      \
+        value(Floats, SOME, some);                                                        \
+        stream((y) + j, some);                                                            \
+    }                                                                                     \
+    for (; j < (n); j++) value(float, OF, (y)[j])
+
+INLINED void map_line(float *restrict y, int is_stream, const float *restrict x, int64_t n,
+                      int cell, int column, const float *restrict center,
+                      const float *restrict slope, const float *restrict level,
+                      const float *restrict gamma, const float *restrict beta) {
+#define VALUE(Numbers, get, out)                                                          \
+    do {                                                                                  \
+        Numbers z = get(x, MANY, j) - get(center, cell, j);                               \
+        z = z * get(slope, cell, j) + get(level, cell, j);                                \
+        out = column ? z * get(gamma, column, j) + get(beta, column, j) : z;              \
+    } while (0)
+    ALONG_MAP(y, n, is_stream, VALUE);
+#undef VALUE
 }
 
-INLINED void combined_line(float *restrict dx, const float *restrict x, const float *restrict dy,
-                           int64_t n, int cell, int column, int weight, const float *restrict w,
-                           const float *restrict center, const float *restrict factor,
-                           const float *restrict slope, const float *restrict level,
-                           const float *restrict gamma) {
-    for (int64_t j = 0; j < n; j++) {
-        float line = (x[j] - OF(center, cell)) * OF(slope, cell) + OF(level, cell);
-        float d = column ? dy[j] * OF(gamma, column) : dy[j];
-        dx[j] = d * OF(factor, cell) + (weight ? OF(w, weight) * line : line);
-    }
+INLINED void combined_line(float *restrict dx, int is_stream, const float *restrict x,
+                           const float *restrict dy, int64_t n, int cell, int column, int weight,
+                           const float *restrict w, const float *restrict center,
+                           const float *restrict factor, const float *restrict slope,
+                           const float *restrict level, const float *restrict gamma) {
+#define VALUE(Numbers, get, out)                                                          \
+    do {                                                                                  \
+        Numbers line = get(x, MANY, j) - get(center, cell, j);                            \
+        line = line * get(slope, cell, j) + get(level, cell, j);                          \
+        Numbers d = column ? get(dy, MANY, j) * get(gamma, column, j) : get(dy, MANY, j); \
+        out = d * get(factor, cell, j) + (weight ? get(w, weight, j) * line : line);      \
+    } while (0)
+    ALONG_MAP(dx, n, is_stream, VALUE);
+#undef VALUE
 }
 
 #endif

@@ -108,15 +108,23 @@ typedef struct {
     char out[LINE * sizeof(float)];
 } Rooms;
 
-/* Return where to make a line of results in float32. */
-INLINED float *line_for(const Job *job, char *target, Rooms *rooms) {
-    if (job->types[Y] != FLOAT) return rooms->wide;
-    return (float *)(job->is_past_caches ? rooms->out : target);
+/* Say whether a line of n results goes past the caches as it is made. */
+INLINED int goes_as_stream(const Job *job, const char *target, int64_t n) {
+    int is_even = n % LANES == 0 && (uintptr_t)target % 16 == 0;
+    return job->is_past_caches && job->types[Y] == FLOAT && is_even;
 }
 
-/* Bring a line of results, which was made there, to memory. */
+/* Return where to make a line of results in float32. */
+INLINED float *line_for(const Job *job, char *target, int64_t n, Rooms *rooms) {
+    if (job->types[Y] != FLOAT) return rooms->wide;
+    int is_direct = !job->is_past_caches || goes_as_stream(job, target, n);
+    return (float *)(is_direct ? target : rooms->out);
+}
+
+/* Bring a line of results to memory, from where it was made. */
 INLINED void put(const Job *job, char *target, int64_t n, const float *y, Rooms *rooms) {
     int type = job->types[Y];
+    if ((const char *)y == target) return;
     narrow(job->is_past_caches ? rooms->out : target, type, n, y);
     if (job->is_past_caches) copy_past_caches(target, rooms->out, n * WIDTH[type]);
 }
@@ -131,13 +139,14 @@ INLINED void map_piece(Job *job, const Piece *piece, Pass pass, int cell, int co
         int64_t at = piece->at[CELL] + i * piece->apart[CELL];
         int64_t own = piece->at[COLUMN] + i * piece->apart[COLUMN];
         char *target = job->big[Y] + (piece->at[Y] + i * piece->apart[Y]) * WIDTH[job->types[Y]];
-        float *y = line_for(job, target, &rooms);
+        float *y = line_for(job, target, n, &rooms);
+        int is_stream = goes_as_stream(job, target, n);
         const float *gamma = column ? job->gamma + own : 0;
         if (pass == MAP)
-            map_line(y, x + i * step, n, cell, column, job->center + at, job->slope + at,
-                     job->level + at, gamma, column ? job->beta + own : 0);
+            map_line(y, is_stream, x + i * step, n, cell, column, job->center + at,
+                     job->slope + at, job->level + at, gamma, column ? job->beta + own : 0);
         else
-            combined_line(y, x + i * step, dy + i * dy_step, n, cell, column, weight,
+            combined_line(y, is_stream, x + i * step, dy + i * dy_step, n, cell, column, weight,
                           weight ? job->weights + piece->at[WEIGHT] + i * piece->apart[WEIGHT] : 0,
                           job->center + at, job->factor + at, job->slope + at, job->level + at,
                           gamma);

@@ -26,8 +26,8 @@ static int are_rows(const Job *job) {
 }
 
 /* Normalize a line; `at` is where its operands are. */
-INLINED void normalize_line(Job *job, const int64_t *at, const float *x, float *y, int64_t n,
-                            double share, int is_centered, int column) {
+INLINED void normalize_line(Job *job, const int64_t *at, const float *x, float *y, int is_stream,
+                            int64_t n, double share, int is_centered, int column) {
     int64_t i = at[CELL];
     Found found = {pivot_of(job, x[0]), 0, 0, 1};
     for (int times = 0; times < 2 && found.is_far; times++) {
@@ -41,7 +41,7 @@ INLINED void normalize_line(Job *job, const int64_t *at, const float *x, float *
     job->scale[i] = scale, job->shift[i] = shift;
     const float *gamma = job->gamma + at[COLUMN], *beta = job->beta + at[COLUMN];
     if (is_composed(job)) scale *= *gamma, shift = shift * *gamma + *beta;
-    map_line(y, x, n, ONE, column, &found.center, &scale, &shift, gamma, beta);
+    map_line(y, is_stream, x, n, ONE, column, &found.center, &scale, &shift, gamma, beta);
 }
 
 /* Normalize lines one by one. Several, of which the results are narrowed, are widened and narrowed
@@ -58,8 +58,9 @@ INLINED void normalize_lines(Job *job, const Piece *lines, double share, int is_
     const float *x = lines_of(job, X, lines, room, &step);
     for (int i = 0; i < rows; i++) {
         targets[i] = job->big[Y] + at[Y] * WIDTH[job->types[Y]];
-        y[i] = line_for(job, targets[i], &rooms) + (rows == 1 ? 0 : i * SHORT);
-        normalize_line(job, at, x + i * step, y[i], n, share, is_centered, column);
+        y[i] = line_for(job, targets[i], n, &rooms) + (rows == 1 ? 0 : i * SHORT);
+        int is_stream = goes_as_stream(job, targets[i], n);
+        normalize_line(job, at, x + i * step, y[i], is_stream, n, share, is_centered, column);
         for (int o = 0; o < OPERANDS; o++) at[o] += lines->apart[o];
     }
     for (int i = 0; i < rows; i++) put(job, targets[i], n, y[i], &rooms);
