@@ -57,7 +57,8 @@ struct Job {
     int64_t together; /* how many neighbouring cells make a set */
     int varies;       /* whether gamma varies within a set */
     int is_first;     /* whether the first element of a line is its pivot */
-    int is_centered, is_training, is_far, is_past_caches;
+    int is_centered, is_training, is_far;
+    Way way; /* of the map */
 };
 
 /* How many parts there are for each of several threads. */
@@ -66,6 +67,25 @@ enum { MORE = 4 };
 /* Elements that stay in a core's cache beside as many others; bytes that stay in none until they
    are read again; elements that are not worth a thread of a runtime, or waking a helper. */
 enum { CHUNK = 1 << 15, LARGE = 1 << 23, SMALL = 1 << 15, MODERATE = 1 << 17 };
+
+static int along_line(const Job *job, int operand, const void *data) {
+    if (!data) return ABSENT;
+    return job->nest.stride[operand][job->nest.rank - 1] ? MANY : ONE;
+}
+
+/* Return the way of the map. In bfloat16 it is direct only where cells lie along the lines: with one
+   cell for a line there is little else to load, and loops that widen and narrow it are faster. */
+static Way way_of(const Job *job, int64_t elements) {
+    const Nest *nest = &job->nest;
+    int last = nest->rank - 1, type = job->types[X];
+    int is_past_caches = job->is_training && elements * WIDTH[job->types[Y]] >= LARGE;
+    int are_alike = job->types[Y] == type && (!job->big[DY] || job->types[DY] == type);
+    int is_able = type == BFLOAT ? along_line(job, CELL, job->center) == MANY : type == FLOAT;
+    uintptr_t aligned = (uintptr_t)job->big[Y];
+    for (int i = 0; i < last; i++) aligned |= (uintptr_t)(nest->stride[Y][i] * WIDTH[type]);
+    int is_even = nest->size[last] % LANES == 0 && aligned % 16 == 0;
+    return (Way){are_alike && is_able && is_even, type, is_past_caches};
+}
 
 /* Say whether each turn of the outermost loop has sets of its own, side by side among all. */
 static int are_apart(const Job *job) {
@@ -112,7 +132,7 @@ static int prepare(Job *job, int rank, const int64_t *dims, int64_t cells, int64
     /* A thread that comes late finds parts that are left. */
     int64_t wanted = job->threads * (job->threads > 1 && elements > 64 * cells ? MORE : 1);
     job->parts = (int)(nest->size[0] < wanted ? nest->size[0] : wanted);
-    job->is_past_caches = job->is_training && elements * WIDTH[job->types[Y]] >= LARGE;
+    job->way = way_of(job, elements);
     job->many = turn < CHUNK ? CHUNK / turn : 1;
     job->all = cells;
     if (!job->sum) return 1;

@@ -6,28 +6,7 @@
 #ifndef KERAS_BN_LINES_H
 #define KERAS_BN_LINES_H
 
-#include <string.h>
-
-#include "calls.h"
-#include "nest.h"
-
-#ifdef __SSE2__
-#include <emmintrin.h>
-#endif
-
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi" /* nothing here is called from outside */
-#endif
-
-/* Compiled for several generations of processors, of which the library's loader chooses. */
-#ifndef FOR_EACH_CPU
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define HAS_CLONES
-#define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EACH_CPU
-#endif
-#endif
+#include "memory.h"
 
 /* How an operand lies along a line. */
 enum { ABSENT, ONE, MANY };
@@ -35,93 +14,13 @@ enum { ABSENT, ONE, MANY };
 /* Lines whose sums stay in registers from one to the next, and the length in which they then go. */
 enum { ROWS = 8, SHORT = LINE / ROWS };
 
-INLINED const float *widened(const char *data, int type, int64_t n, float *room) {
-    if (type == FLOAT) return (const float *)data;
-    if (type == BFLOAT) {
-        const uint16_t *narrow = (const uint16_t *)data;
-        uint32_t *bits = (uint32_t *)room;
-        for (int64_t j = 0; j < n; j++) bits[j] = (uint32_t)narrow[j] << 16;
-    }
-#ifdef __FLT16_MAX__
-    if (type == HALF) {
-        const _Float16 *narrow = (const _Float16 *)data;
-        for (int64_t j = 0; j < n; j++) room[j] = (float)narrow[j];
-    }
-#endif
-    return room;
-}
-
-/* Bytes that have to be fetched ahead for memory to be there in time; those of a line of a cache. */
-enum { AHEAD = 4096, CACHE_LINE = 64 };
-
-/* Fetch some bytes, before they are read. */
-INLINED void fetch(const void *data, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += CACHE_LINE) __builtin_prefetch((const char *)data + i);
-}
-
-INLINED void narrow(char *data, int type, int64_t n, const float *wide) {
-    if (type == BFLOAT) {
-        uint16_t *found = (uint16_t *)data;
-        const uint32_t *bits = (const uint32_t *)wide;
-        for (int64_t j = 0; j < n; j++) {
-            /* To the nearest, ties to even; a NaN stays one. */
-            uint32_t rounded = (bits[j] + 0x7fff + ((bits[j] >> 16) & 1)) >> 16;
-            int is_nan = (bits[j] & 0x7fffffff) > 0x7f800000;
-            found[j] = (uint16_t)(is_nan ? 0x7fc0 : rounded);
-        }
-    }
-#ifdef __FLT16_MAX__
-    if (type == HALF) {
-        _Float16 *found = (_Float16 *)data;
-        for (int64_t j = 0; j < n; j++) found[j] = (_Float16)wide[j];
-    }
-#endif
-}
-
-/* Copy n bytes to memory that nobody reads soon, past the caches: these would fetch it first. Whole
-   lines of a cache, 64 bytes, go fastest. */
-INLINED void copy_past_caches(char *target, const char *source, int64_t n) {
-    int64_t i = 0;
-#ifdef HAS_CLONES
-    typedef struct {
-        char bytes[64];
-    } Line;
-    if (__builtin_cpu_supports("avx512f") && (uintptr_t)target % sizeof(Line) == 0)
-        for (; i + (int64_t)sizeof(Line) <= n; i += sizeof(Line))
-            __asm__("vmovups %1, %%zmm0\n\tvmovntps %%zmm0, %0"
-                    : "=m"(*(Line *)(target + i))
-                    : "m"(*(const Line *)(source + i))
-                    : "xmm0");
-#endif
-#ifdef __SSE2__
-    if ((uintptr_t)target % 16 == 0)
-        for (; i + 16 <= n; i += 16)
-            _mm_stream_si128((__m128i *)(target + i),
-                             _mm_loadu_si128((const __m128i *)(source + i)));
-#endif
-    memcpy(target + i, source + i, (size_t)(n - i));
-}
-
-INLINED void finish_copies(void) {
-#ifdef __SSE2__
-    _mm_sfence();
-#endif
-}
-
 /* Sums: four terms in float32, which err by 3 units in the last place of the whole at most, and
    these sums in double precision. To widen each term takes longer than all the rest. */
 
-enum { FEW = 4, LANES = 16, HALF_LANES = LANES / 2 };
-typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
+enum { FEW = 4, HALF_LANES = LANES / 2 };
 typedef float Eight __attribute__((vector_size(HALF_LANES * sizeof(float))));
 typedef double Doubles __attribute__((vector_size(HALF_LANES * sizeof(double))));
 typedef int64_t Choice __attribute__((vector_size(HALF_LANES * sizeof(double))));
-
-INLINED Floats loaded(const float *data) {
-    Floats values;
-    memcpy(&values, data, sizeof values);
-    return values;
-}
 
 /* Said by element: of a conversion of vectors GCC 12 makes two, and joins them. */
 INLINED Doubles doubles_of(Eight v) {
@@ -133,8 +32,6 @@ INLINED Doubles widened_eight(const float *data) {
     memcpy(&values, data, sizeof values);
     return doubles_of(values);
 }
-
-INLINED Floats repeated(float value) { return (Floats){0} + value; }
 
 /* Not one vector of sixteen: GCC 12 would keep that in memory. */
 typedef struct {
@@ -153,16 +50,6 @@ INLINED Eight eight_of(Floats values, int from) {
     return part;
 }
 #endif
-
-/* Write values to memory that nobody reads soon, past the caches. */
-INLINED void stream(float *target, Floats values) {
-#ifdef __SSE2__
-    for (int i = 0; i < LANES; i += 4)
-        _mm_stream_ps(target + i, (__m128){values[i], values[i + 1], values[i + 2], values[i + 3]});
-#else
-    memcpy(target, &values, sizeof values);
-#endif
-}
 
 INLINED void add(Total *total, Floats values) {
     total->low += doubles_of(EIGHT(values, 0));
@@ -426,45 +313,57 @@ INLINED void column_products_block(const float *restrict x, int64_t step, const 
 #undef TERM
 }
 
-/* Maps: `value(Numbers, get, out)` makes what comes from j on, of all that SOME or OF gets there. A
-   stream goes from where it is made past the caches; its length is a multiple of LANES. */
+/* Maps. Each `value(Numbers, big, type, get, out)` is made, from j on, of what is as large as the
+   tensor, of a dtype, by `big`, and of what is small, by `get`. */
 
-#define ALONG_MAP(y, n, is_stream, value)                                                 \
-    int64_t j = 0;                                                                        \
-    for (; (is_stream) && j < (n); j += LANES) {                                          \
+/* How a map reads and writes: directly, in the dtype of memory, lines that are multiples of LANES; or
+   in float32, lines of any length. */
+typedef struct {
+    int is_direct, type, is_past_caches;
+} Way;
+
+#define READ(data, type, j) (((const float *)(data))[j])
+#define TAKEN(data, type, j) taken((data) + (j) * WIDTH[type], type)
+#define DIRECTLY(y, n, value, type)                                                       \
+    for (int64_t j = 0; j < (n); j += LANES) {                                            \
         Floats some;                                                                      \
-        value(Floats, SOME, some);                                                        \
-        stream((y) + j, some);                                                            \
-    }                                                                                     \
-    for (; j < (n); j++) value(float, OF, (y)[j])
+        value(Floats, TAKEN, type, SOME, some);                                           \
+        give((y) + j * WIDTH[type], type, some, way.is_past_caches);                      \
+    }
+#define ALONG_MAP(y, n, value)                                                            \
+    if (!way.is_direct)                                                                   \
+        for (int64_t j = 0; j < (n); j++) value(float, READ, FLOAT, OF, ((float *)(y))[j]); \
+    else if (way.type == FLOAT) DIRECTLY(y, n, value, FLOAT)                              \
+    else DIRECTLY(y, n, value, BFLOAT)
 
-INLINED void map_line(float *restrict y, int is_stream, const float *restrict x, int64_t n,
-                      int cell, int column, const float *restrict center,
-                      const float *restrict slope, const float *restrict level,
-                      const float *restrict gamma, const float *restrict beta) {
-#define VALUE(Numbers, get, out)                                                          \
+INLINED void map_line(Way way, char *restrict y, const char *restrict x, int64_t n, int cell,
+                      int column, const float *restrict center, const float *restrict slope,
+                      const float *restrict level, const float *restrict gamma,
+                      const float *restrict beta) {
+#define VALUE(Numbers, big, type, get, out)                                               \
     do {                                                                                  \
-        Numbers z = get(x, MANY, j) - get(center, cell, j);                               \
+        Numbers z = big(x, type, j) - get(center, cell, j);                               \
         z = z * get(slope, cell, j) + get(level, cell, j);                                \
         out = column ? z * get(gamma, column, j) + get(beta, column, j) : z;              \
     } while (0)
-    ALONG_MAP(y, n, is_stream, VALUE);
+    ALONG_MAP(y, n, VALUE);
 #undef VALUE
 }
 
-INLINED void combined_line(float *restrict dx, int is_stream, const float *restrict x,
-                           const float *restrict dy, int64_t n, int cell, int column, int weight,
+INLINED void combined_line(Way way, char *restrict dx, const char *restrict x,
+                           const char *restrict dy, int64_t n, int cell, int column, int weight,
                            const float *restrict w, const float *restrict center,
                            const float *restrict factor, const float *restrict slope,
                            const float *restrict level, const float *restrict gamma) {
-#define VALUE(Numbers, get, out)                                                          \
+#define VALUE(Numbers, big, type, get, out)                                               \
     do {                                                                                  \
-        Numbers line = get(x, MANY, j) - get(center, cell, j);                            \
+        Numbers line = big(x, type, j) - get(center, cell, j);                            \
         line = line * get(slope, cell, j) + get(level, cell, j);                          \
-        Numbers d = column ? get(dy, MANY, j) * get(gamma, column, j) : get(dy, MANY, j); \
+        Numbers d = big(dy, type, j);                                                     \
+        d = column ? d * get(gamma, column, j) : d;                                       \
         out = d * get(factor, cell, j) + (weight ? get(w, weight, j) * line : line);      \
     } while (0)
-    ALONG_MAP(dx, n, is_stream, VALUE);
+    ALONG_MAP(dx, n, VALUE);
 #undef VALUE
 }
 

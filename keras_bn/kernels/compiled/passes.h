@@ -108,49 +108,45 @@ typedef struct {
     char out[LINE * sizeof(float)];
 } Rooms;
 
-/* Say whether a line of n results goes past the caches as it is made. */
-INLINED int goes_as_stream(const Job *job, const char *target, int64_t n) {
-    int is_even = n % LANES == 0 && (uintptr_t)target % 16 == 0;
-    return job->is_past_caches && job->types[Y] == FLOAT && is_even;
-}
-
 /* Return where to make a line of results in float32. */
-INLINED float *line_for(const Job *job, char *target, int64_t n, Rooms *rooms) {
+INLINED float *line_for(const Job *job, char *target, Rooms *rooms) {
     if (job->types[Y] != FLOAT) return rooms->wide;
-    int is_direct = !job->is_past_caches || goes_as_stream(job, target, n);
-    return (float *)(is_direct ? target : rooms->out);
+    return (float *)(job->way.is_past_caches ? rooms->out : target);
 }
 
-/* Bring a line of results to memory, from where it was made. */
+/* Bring a line of results, which was made there, to memory. */
 INLINED void put(const Job *job, char *target, int64_t n, const float *y, Rooms *rooms) {
     int type = job->types[Y];
-    if ((const char *)y == target) return;
-    narrow(job->is_past_caches ? rooms->out : target, type, n, y);
-    if (job->is_past_caches) copy_past_caches(target, rooms->out, n * WIDTH[type]);
+    narrow(job->way.is_past_caches ? rooms->out : target, type, n, y);
+    if (job->way.is_past_caches) copy_past_caches(target, rooms->out, n * WIDTH[type]);
 }
 
 INLINED void map_piece(Job *job, const Piece *piece, Pass pass, int cell, int column, int weight) {
     float x_room[LINE], dy_room[LINE];
     Rooms rooms;
-    int64_t n = piece->n, step = 0, dy_step = 0;
-    const float *x = lines_of(job, X, piece, x_room, &step);
-    const float *dy = pass == MAP ? 0 : lines_of(job, DY, piece, dy_room, &dy_step);
+    Way way = job->way;
+    int64_t n = piece->n, step = piece->apart[X], dy_step = piece->apart[DY];
+    int64_t width = WIDTH[way.is_direct ? way.type : FLOAT];
+    const char *x = job->big[X] + piece->at[X] * width, *dy = job->big[DY];
+    dy = pass == MAP ? 0 : dy + piece->at[DY] * width;
+    if (!way.is_direct) x = (const char *)lines_of(job, X, piece, x_room, &step);
+    if (!way.is_direct && dy) dy = (const char *)lines_of(job, DY, piece, dy_room, &dy_step);
+    step *= width, dy_step *= width;
     for (int i = 0; i < piece->rows; i++) {
         int64_t at = piece->at[CELL] + i * piece->apart[CELL];
         int64_t own = piece->at[COLUMN] + i * piece->apart[COLUMN];
         char *target = job->big[Y] + (piece->at[Y] + i * piece->apart[Y]) * WIDTH[job->types[Y]];
-        float *y = line_for(job, target, n, &rooms);
-        int is_stream = goes_as_stream(job, target, n);
+        char *y = way.is_direct ? target : (char *)line_for(job, target, &rooms);
         const float *gamma = column ? job->gamma + own : 0;
         if (pass == MAP)
-            map_line(y, is_stream, x + i * step, n, cell, column, job->center + at,
-                     job->slope + at, job->level + at, gamma, column ? job->beta + own : 0);
+            map_line(way, y, x + i * step, n, cell, column, job->center + at, job->slope + at,
+                     job->level + at, gamma, column ? job->beta + own : 0);
         else
-            combined_line(y, is_stream, x + i * step, dy + i * dy_step, n, cell, column, weight,
+            combined_line(way, y, x + i * step, dy + i * dy_step, n, cell, column, weight,
                           weight ? job->weights + piece->at[WEIGHT] + i * piece->apart[WEIGHT] : 0,
                           job->center + at, job->factor + at, job->slope + at, job->level + at,
                           gamma);
-        put(job, target, n, y, &rooms);
+        if (!way.is_direct) put(job, target, n, (const float *)y, &rooms);
     }
 }
 
@@ -253,11 +249,6 @@ INLINED void pass_of(Job *job, int64_t from, int64_t to, int part, Pass pass, in
         for (int o = 0; is_turned && o < OPERANDS; o++) walk.at[o] += from * nest->stride[o][0];
         lines_of_walk(job, walk, part, pass, cell, column, weight);
     }
-}
-
-static int along_line(const Job *job, int operand, const void *data) {
-    if (!data) return ABSENT;
-    return job->nest.stride[operand][job->nest.rank - 1] ? MANY : ONE;
 }
 
 #define WITH(pass, cell, column, weight) pass_of(job, from, to, part, pass, cell, column, weight)

@@ -26,8 +26,8 @@ static int are_rows(const Job *job) {
 }
 
 /* Normalize a line; `at` is where its operands are. */
-INLINED void normalize_line(Job *job, const int64_t *at, const float *x, float *y, int is_stream,
-                            int64_t n, double share, int is_centered, int column) {
+INLINED void normalize_line(Job *job, const int64_t *at, const float *x, char *y, int64_t n,
+                            double share, int is_centered, int column) {
     int64_t i = at[CELL];
     Found found = {pivot_of(job, x[0]), 0, 0, 1};
     for (int times = 0; times < 2 && found.is_far; times++) {
@@ -41,7 +41,8 @@ INLINED void normalize_line(Job *job, const int64_t *at, const float *x, float *
     job->scale[i] = scale, job->shift[i] = shift;
     const float *gamma = job->gamma + at[COLUMN], *beta = job->beta + at[COLUMN];
     if (is_composed(job)) scale *= *gamma, shift = shift * *gamma + *beta;
-    map_line(y, is_stream, x, n, ONE, column, &found.center, &scale, &shift, gamma, beta);
+    map_line(job->way, y, (const char *)x, n, ONE, column, &found.center, &scale, &shift, gamma,
+             beta);
 }
 
 /* Normalize lines one by one. Several, of which the results are narrowed, are widened and narrowed
@@ -50,20 +51,20 @@ INLINED void normalize_lines(Job *job, const Piece *lines, double share, int is_
                              int column) {
     float room[LINE];
     Rooms rooms;
-    char *targets[ROWS];
-    float *y[ROWS];
+    char *targets[ROWS], *y[ROWS];
     int rows = lines->rows;
     int64_t n = lines->n, step, at[OPERANDS];
     memcpy(at, lines->at, sizeof at);
     const float *x = lines_of(job, X, lines, room, &step);
     for (int i = 0; i < rows; i++) {
-        targets[i] = job->big[Y] + at[Y] * WIDTH[job->types[Y]];
-        y[i] = line_for(job, targets[i], n, &rooms) + (rows == 1 ? 0 : i * SHORT);
-        int is_stream = goes_as_stream(job, targets[i], n);
-        normalize_line(job, at, x + i * step, y[i], is_stream, n, share, is_centered, column);
+        y[i] = targets[i] = job->big[Y] + at[Y] * WIDTH[job->types[Y]];
+        if (!job->way.is_direct)
+            y[i] = (char *)(line_for(job, targets[i], &rooms) + (rows == 1 ? 0 : i * SHORT));
+        normalize_line(job, at, x + i * step, y[i], n, share, is_centered, column);
         for (int o = 0; o < OPERANDS; o++) at[o] += lines->apart[o];
     }
-    for (int i = 0; i < rows; i++) put(job, targets[i], n, y[i], &rooms);
+    for (int i = 0; i < rows && !job->way.is_direct; i++)
+        put(job, targets[i], n, (const float *)y[i], &rooms);
 }
 
 INLINED void normalize_by_rows(Job *job, int64_t first, int64_t last, int is_centered, int column) {
@@ -81,7 +82,7 @@ INLINED void normalize_by_rows(Job *job, int64_t first, int64_t last, int is_cen
 /* Fetch the line of a block ahead that takes the place of one, while there is time: all that is read
    now lies in the cache. What is widened was fetched when it was. */
 INLINED void fetch_line(const Job *job, const Piece *lines, const int64_t *at) {
-    for (int o = X; o <= DY && job->is_past_caches; o++) {
+    for (int o = X; o <= DY && job->way.is_past_caches; o++) {
         int64_t ahead = distance_of(job, lines, o);
         if (ahead && job->types[o] == FLOAT)
             fetch((const float *)job->big[o] + at[o] + ahead, lines->n * WIDTH[FLOAT]);

@@ -1,0 +1,151 @@
+/* How numbers come from memory, in any dtype, and go there: a line by way of a room in float32, or
+   some at a time in registers. */
+
+#ifndef KERAS_BN_MEMORY_H
+#define KERAS_BN_MEMORY_H
+
+#include <string.h>
+
+#include "calls.h"
+#include "nest.h"
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi" /* nothing here is called from outside */
+#endif
+
+/* Compiled for several generations of processors, of which the library's loader chooses. */
+#ifndef FOR_EACH_CPU
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define HAS_CLONES
+#define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FOR_EACH_CPU
+#endif
+#endif
+
+enum { LANES = 16 };
+typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
+typedef uint32_t Bits __attribute__((vector_size(LANES * sizeof(uint32_t))));
+typedef uint16_t Shorts __attribute__((vector_size(LANES * sizeof(uint16_t))));
+
+INLINED Floats loaded(const float *data) {
+    Floats values;
+    memcpy(&values, data, sizeof values);
+    return values;
+}
+
+INLINED Floats repeated(float value) { return (Floats){0} + value; }
+
+INLINED const float *widened(const char *data, int type, int64_t n, float *room) {
+    if (type == FLOAT) return (const float *)data;
+    if (type == BFLOAT) {
+        const uint16_t *narrow = (const uint16_t *)data;
+        uint32_t *bits = (uint32_t *)room;
+        for (int64_t j = 0; j < n; j++) bits[j] = (uint32_t)narrow[j] << 16;
+    }
+#ifdef __FLT16_MAX__
+    if (type == HALF) {
+        const _Float16 *narrow = (const _Float16 *)data;
+        for (int64_t j = 0; j < n; j++) room[j] = (float)narrow[j];
+    }
+#endif
+    return room;
+}
+
+/* Bytes that have to be fetched ahead for memory to be there in time; those of a line of a cache. */
+enum { AHEAD = 4096, CACHE_LINE = 64 };
+
+/* Fetch some bytes, before they are read. */
+INLINED void fetch(const void *data, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += CACHE_LINE) __builtin_prefetch((const char *)data + i);
+}
+
+/* The bits of a float32 as those of a bfloat16: to the nearest, ties to even; a NaN stays one. They
+   are those of a number, or of a vector of them. */
+#define ROUNDED(bits) (((bits) + 0x7fff + (((bits) >> 16) & 1)) >> 16)
+#define IS_NAN(bits) (((bits) & 0x7fffffff) > 0x7f800000)
+enum { NARROW_NAN = 0x7fc0 };
+
+INLINED void narrow(char *data, int type, int64_t n, const float *wide) {
+    if (type == BFLOAT) {
+        uint16_t *found = (uint16_t *)data;
+        const uint32_t *bits = (const uint32_t *)wide;
+        for (int64_t j = 0; j < n; j++)
+            found[j] = (uint16_t)(IS_NAN(bits[j]) ? NARROW_NAN : ROUNDED(bits[j]));
+    }
+#ifdef __FLT16_MAX__
+    if (type == HALF) {
+        _Float16 *found = (_Float16 *)data;
+        for (int64_t j = 0; j < n; j++) found[j] = (_Float16)wide[j];
+    }
+#endif
+}
+
+/* Copy n bytes to memory that nobody reads soon, past the caches: these would fetch it first. Whole
+   lines of a cache, 64 bytes, go fastest. */
+INLINED void copy_past_caches(char *target, const char *source, int64_t n) {
+    int64_t i = 0;
+#ifdef HAS_CLONES
+    typedef struct {
+        char bytes[64];
+    } Line;
+    if (__builtin_cpu_supports("avx512f") && (uintptr_t)target % sizeof(Line) == 0)
+        for (; i + (int64_t)sizeof(Line) <= n; i += sizeof(Line))
+            __asm__("vmovups %1, %%zmm0\n\tvmovntps %%zmm0, %0"
+                    : "=m"(*(Line *)(target + i))
+                    : "m"(*(const Line *)(source + i))
+                    : "xmm0");
+#endif
+#ifdef __SSE2__
+    if ((uintptr_t)target % 16 == 0)
+        for (; i + 16 <= n; i += 16)
+            _mm_stream_si128((__m128i *)(target + i),
+                             _mm_loadu_si128((const __m128i *)(source + i)));
+#endif
+    memcpy(target + i, source + i, (size_t)(n - i));
+}
+
+INLINED void finish_copies(void) {
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
+}
+
+/* Return some numbers in float32. */
+INLINED Floats taken(const char *data, int type) {
+    if (type == FLOAT) return loaded((const float *)data);
+    Shorts bits;
+    memcpy(&bits, data, sizeof bits);
+    return (Floats)(__builtin_convertvector(bits, Bits) << 16);
+}
+
+/* Write a multiple of 16 bytes; past the caches, to where memory is aligned to as many. */
+INLINED void write_some(char *target, const void *made, int64_t n, int is_past_caches) {
+#ifdef __SSE2__
+    for (int64_t i = 0; is_past_caches && i < n; i += 16) {
+        __m128i part;
+        memcpy(&part, (const char *)made + i, sizeof part);
+        _mm_stream_si128((__m128i *)(target + i), part);
+    }
+    if (is_past_caches) return;
+#endif
+    memcpy(target, made, (size_t)n);
+}
+
+/* Give some numbers to memory. */
+INLINED void give(char *target, int type, Floats values, int is_past_caches) {
+    if (type == FLOAT) {
+        write_some(target, &values, sizeof values, is_past_caches);
+        return;
+    }
+    Bits bits = (Bits)values, is_nan = (Bits)IS_NAN(bits);
+    Bits rounded = (ROUNDED(bits) & ~is_nan) | (NARROW_NAN & is_nan);
+    Shorts narrow = __builtin_convertvector(rounded, Shorts);
+    write_some(target, &narrow, sizeof narrow, is_past_caches);
+}
+
+#endif
