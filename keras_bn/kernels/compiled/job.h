@@ -73,14 +73,14 @@ static int along_line(const Job *job, int operand, const void *data) {
     return job->nest.stride[operand][job->nest.rank - 1] ? MANY : ONE;
 }
 
-/* Return the way of the map. In bfloat16 it is direct only where cells lie along the lines: with one
+/* Return the way of the map. Of bfloat16 it is direct only where cells lie along the lines: with one
    cell for a line there is little else to load, and loops that widen and narrow it are faster. */
 static Way way_of(const Job *job, int64_t elements) {
     const Nest *nest = &job->nest;
     int last = nest->rank - 1, type = job->types[X];
     int is_past_caches = job->is_training && elements * WIDTH[job->types[Y]] >= LARGE;
     int are_alike = job->types[Y] == type && (!job->big[DY] || job->types[DY] == type);
-    int is_able = type == BFLOAT ? along_line(job, CELL, job->center) == MANY : type == FLOAT;
+    int is_able = is_taken(type) && (type == FLOAT || along_line(job, CELL, job->center) == MANY);
     uintptr_t aligned = (uintptr_t)job->big[Y];
     for (int i = 0; i < last; i++) aligned |= (uintptr_t)(nest->stride[Y][i] * WIDTH[type]);
     int is_even = nest->size[last] % LANES == 0 && aligned % 16 == 0;
