@@ -426,8 +426,8 @@ if BACKEND == "torch":
         ),
         "results that go past the caches out of order": Fault(
             f"{COMPILED}memory.h",
-            "(const char *)made + i, sizeof part",
-            "(const char *)made + (i ^ 16), sizeof part",
+            "_mm_loadu_si128((const __m128i *)(source + i))",
+            "_mm_loadu_si128((const __m128i *)(source + (i ^ 16)))",
             f"{EVERYWHERE} -k no_cache_holds",
         ),
         "results left on their way past the caches": Fault(

@@ -85,6 +85,19 @@ INLINED void narrow(char *data, int type, int64_t n, const float *wide) {
 #endif
 }
 
+/* Copy up to n bytes past the caches, 16 at a time, to where memory is aligned to as many. Return how
+   many. */
+INLINED int64_t stream(char *target, const char *source, int64_t n) {
+    int64_t i = 0;
+#ifdef __SSE2__
+    for (; i + 16 <= n; i += 16)
+        _mm_stream_si128((__m128i *)(target + i), _mm_loadu_si128((const __m128i *)(source + i)));
+#else
+    (void)target, (void)source, (void)n;
+#endif
+    return i;
+}
+
 /* Copy n bytes to memory that nobody reads soon, past the caches: these would fetch it first. Whole
    lines of a cache, 64 bytes, go fastest. */
 INLINED void copy_past_caches(char *target, const char *source, int64_t n) {
@@ -100,12 +113,7 @@ INLINED void copy_past_caches(char *target, const char *source, int64_t n) {
                     : "m"(*(const Line *)(source + i))
                     : "xmm0");
 #endif
-#ifdef __SSE2__
-    if ((uintptr_t)target % 16 == 0)
-        for (; i + 16 <= n; i += 16)
-            _mm_stream_si128((__m128i *)(target + i),
-                             _mm_loadu_si128((const __m128i *)(source + i)));
-#endif
+    if ((uintptr_t)target % 16 == 0) i += stream(target + i, source + i, n - i);
     memcpy(target + i, source + i, (size_t)(n - i));
 }
 
@@ -133,17 +141,9 @@ INLINED Floats taken(const char *data, int type) {
     return (Floats)(__builtin_convertvector(bits, Bits) << 16);
 }
 
-/* Write a multiple of 16 bytes; past the caches, to where memory is aligned to as many. */
+/* Write some bytes; past the caches, a multiple of 16 to where memory is aligned to as many. */
 INLINED void write_some(char *target, const void *made, int64_t n, int is_past_caches) {
-#ifdef __SSE2__
-    for (int64_t i = 0; is_past_caches && i < n; i += 16) {
-        __m128i part;
-        memcpy(&part, (const char *)made + i, sizeof part);
-        _mm_stream_si128((__m128i *)(target + i), part);
-    }
-    if (is_past_caches) return;
-#endif
-    memcpy(target, made, (size_t)n);
+    if (!is_past_caches || !stream(target, made, n)) memcpy(target, made, (size_t)n);
 }
 
 /* Give some numbers to memory. */
