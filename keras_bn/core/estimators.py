@@ -124,22 +124,23 @@ class Correction(NamedTuple):
 
     Attributes:
         mean: The kept mean [x].
-        stddev: The kept standard deviation [x].
+        variance: The kept variance [x²].
         limits: How far the correction may go.
-        epsilon: Added to the variance of the batch [x²].
+        epsilon: Added to this variance and to that of the batch [x²].
         count_kept: Where it is 0 nothing is kept yet; None for anywhere.
     """
 
     mean: Tensor
-    stddev: Tensor
+    variance: Tensor
     limits: Limits
     epsilon: float
     count_kept: Tensor | None = None
 
     def __call__(self, batch: Moments) -> tuple[Tensor, Tensor]:
         """Return r and d."""
-        stddev = native.sqrt(batch.variance + self.epsilon)
-        kept = (self.mean, self.stddev, self.limits, self.count_kept)
+        pair = (batch.variance, self.variance)
+        stddev, stddev_kept = (native.sqrt(variance + self.epsilon) for variance in pair)
+        kept = (self.mean, stddev_kept, self.limits, self.count_kept)
         return renorm_correction(batch, stddev, *kept)
 
 

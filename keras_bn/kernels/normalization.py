@@ -27,7 +27,8 @@ class Plan(NamedTuple):
         pooling: Which elements belong to one set.
         epsilon: Added to the variance [x²].
         dtype: Dtype of the output.
-        correct: Gives r and d from the moments; None for 1 and 0.
+        correct: Gives r and d from the moments, where gamma does not vary within a set; None for
+            1 and 0.
         kept: Moments in place of those of an empty set; None to take 0.
         hold: Keeps a compiler from computing a value again, where it is used or may have moved.
         is_alone: Whether all that is asked for is y, of a plan without `correct`; a kernel may give
@@ -73,18 +74,16 @@ class Whole(NamedTuple):
 
     Attributes:
         affine: Center, scale and shift of each cell, in one tensor.
-        r: Of batch renormalization; None for 1.
-        d: Of batch renormalization; None for 0.
+        rest: Offset, m2, r and d of each cell, in one tensor; None where r is 1 and d is 0.
     """
 
     affine: Tensor
-    r: Tensor | None = None
-    d: Tensor | None = None
+    rest: Tensor | None = None
 
     @property
     def correction(self) -> Corrected:
         """r and d, or None."""
-        return None if self.r is None else (self.r, self.d)
+        return None if self.rest is None else (self.rest[2], self.rest[3])
 
 
 class How(NamedTuple):
@@ -98,7 +97,7 @@ class How(NamedTuple):
         is_centered: Whether moments are about the mean.
         varies: Whether gamma varies within a set.
         is_training: Whether so many tensors are at work that no cache holds the result.
-        is_corrected: Whether the last two inputs say towards what sets are corrected.
+        is_corrected: Whether sets are corrected; the last inputs say towards what, or how.
     """
 
     axes: tuple[int, ...]
@@ -164,17 +163,19 @@ def in_one(kernel: Any, how: How, x: Tensor, *others: Tensor) -> tuple[Tensor, T
         kernel: As for `normalize`.
         how: What to do.
         x: The input.
-        *others: gamma and beta, or neither; then what sets are corrected towards, and the limits.
+        *others: gamma and beta, or neither; then the mean and the variance that sets are corrected
+            towards, and the limits.
 
     Returns:
         y; each cell's center, scale and shift; its offset, m2, maybe r and d.
     """
     sets = (_total_of(how.together), how.together, True) if how.together > 1 else ()
     pooling = Pooling(how.axes, None, *sets)._replace(is_centered=how.is_centered)
-    *learned, kept, limits = others if how.is_corrected else (*others, None, None)
+    learned: list[Tensor] = [*others]
     correct: Any = None
     if how.is_corrected:
-        correct = Correction(kept[0], kept[1], Limits(*ops.unstack(limits)), how.epsilon)
+        *learned, mean, variance, limits = others
+        correct = Correction(mean, variance, Limits(*ops.unstack(limits)), how.epsilon)
     plan = Plan(pooling, how.epsilon, how.dtype, correct)
     y, moments, seen = normalize(kernel, x, Learned(*learned) if learned else AS_IS, plan)
     zero = ops.zeros_like(moments.m2)

@@ -124,7 +124,8 @@ class Kernel:
         def backward(inputs: Any, seen: Any, grads: Any) -> Any:
             (x, *given), (dy,) = inputs, grads
             parts = learned.filled(given)
-            found = _whole_gradients(passes, x, dy, parts, seen, plan)
+            is_whole = isinstance(seen, Whole)
+            found = passes.gradients(x, dy, parts, seen, plan) if is_whole else None
             if found is None:
                 return _gradients(passes, x, dy, parts, _seen_of(seen, passes, x, plan), plan)
             pairs = zip(found[1:], given, strict=True)
@@ -147,29 +148,6 @@ class Kernel:
         """Return what one pass makes of all; None where there is none, or more to do."""
         find = getattr(self._passes, "normalize", None)
         return find(x, learned, plan) if find is not None and plan.is_simple else None
-
-
-def _whole_gradients(
-    passes: Any, x: Tensor, dy: Tensor, learned: Learned, whole: Seen | Whole, plan: Plan
-) -> tuple[Tensor, ...] | None:
-    """Return the gradients from what one pass made of all; None where there is no such pass.
-
-    With r and d, y = gamma·r·z + gamma·d + beta: what is learned then has a part for each set.
-    """
-    if not isinstance(whole, Whole):
-        return None
-    if whole.correction is None:
-        own: tuple[Tensor, ...] | None = passes.gradients(x, dy, learned, whole, plan)
-        return own
-    r, d = whole.correction
-    gamma = r if learned.gamma is None else r * learned.gamma
-    alone = Learned(gamma, ops.zeros_like(gamma))
-    found = passes.gradients(x, dy, alone, Whole(whole.affine), plan)
-    if found is None:
-        return None
-    dx, second, first = found
-    pairs = zip((r * second + d * first, first), learned, strict=True)
-    return dx, *(gradient for gradient, part in pairs if part is not None)
 
 
 def _seen_of(seen: Seen | Whole, passes: Any, x: Tensor, plan: Plan) -> Seen:

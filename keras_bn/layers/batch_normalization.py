@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
-from keras_bn.core.estimators import Correction, Limits, at_least
+from keras_bn.core import native
+from keras_bn.core.estimators import Correction, Limits
 from keras_bn.core.moments import Moments, degrees_of_freedom, is_known, union
 from keras_bn.layers.batch_statistics import BatchStatistics
 from keras_bn.types import Shape, Tensor
@@ -174,10 +175,9 @@ class BatchNormalization(BatchStatistics):
         if not self.renorm:
             return None
         mean, stddev = (self._spread(v, dtype) for v in (self.renorm_mean, self.renorm_stddev))
-        # The initial value may be 0.
-        stddev = at_least(stddev, self.epsilon**0.5)
         count = self._spread_count(self.renorm_count, dtype)
-        return Correction(mean, stddev, self._limits(dtype), self.epsilon, count)
+        variance = self._variance(stddev)
+        return Correction(mean, variance, self._limits(dtype), self.epsilon, count)
 
     def _update(self, batch: Moments) -> None:
         if not self.renorm and self.momentum is not None:
@@ -208,10 +208,14 @@ class BatchNormalization(BatchStatistics):
         self._move(self.renorm_stddev, stddev, renorm_momentum, known)
         self._move(self.moving_mean, batch.mean, momentum, known)
         self._move(self.moving_stddev, stddev, momentum, known)
-        variance = ops.square(self.moving_stddev) - self.epsilon
-        self._move(self.moving_variance, ops.relu(variance), 0.0, known)
+        variance = self._variance(native.value_of(self.moving_stddev))
+        self._move(self.moving_variance, variance, 0.0, known)
         if self.step is not None:
             self._count_step(known)
+
+    def _variance(self, stddev: Tensor) -> Tensor:
+        """Return what a kept √(variance + epsilon) stands for; its initial value may be 0."""
+        return native.relu(native.square(stddev) - self.epsilon)
 
     def _limits(self, dtype: str) -> Limits:
         """Return the limits at this step."""

@@ -155,7 +155,7 @@ class BatchRenormalization(BatchStatistics):
         given = self.limits()
         limits = given if is_static(given.rmax) else Limits(*(native.cast(v, dtype) for v in given))
         count = self._spread_count(self.moving_count, dtype)
-        return Correction(mean, self._stddev(variance), limits, self.epsilon, count)
+        return Correction(mean, variance, limits, self.epsilon, count)
 
     def _update(self, batch: Moments) -> None:
         self._count_step(self._average(batch, self.epsilon))

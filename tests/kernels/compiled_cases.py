@@ -43,6 +43,7 @@ LARGE = {
     "any number of columns": ((21_000, 100), (0,), (1,)),
     "rows": ((33_000, 64), (1,), (1,)),
     "rows of any length": ((21_300, 99), (1,), (1,)),
+    "short rows of any length": ((47_000, 45), (1,), (1,)),
     "long rows": ((700, 3008), (1,), (1,)),
     "instances": ((4, 91, 91, 64), (1, 2), (3,)),
     "instances, channels first": ((4, 64, 91, 91), (2, 3), (1,)),

@@ -126,9 +126,10 @@ def samples(x):
     how = (1, False, 1, 1e-3, True, True, x.dtype)
     return {
         "normalize": (x, [*columns[:2]], [], *how),
-        "normalize corrected": (x, [], [kept, ends], *how),
-        "gradients": (x, dy, affine, [columns[3]], False, 1, True),
-        "gradients of nothing learned": (x, dy, affine, [], False, 1, True),
+        "normalize corrected": (x, [], [*kept, ends], *how),
+        "gradients": (x, dy, affine, [columns[3]], [], False, 1, True),
+        "gradients of nothing learned": (x, dy, affine, [], [], False, 1, True),
+        "gradients of corrected sets": (x, dy, affine, [columns[3]], [columns[2:]], False, 1, True),
         "moments": (x, [], 1, True),
         "moments weighted": (x, [rows, counts], 1, True),
         "products": (x, dy, columns[0]),

@@ -30,11 +30,13 @@ def built(size=96, kind=keras_bn.LayerNormalization, **options):
     return layer
 
 
+# Of short rows, some of which are far from 0, several go together.
 @every_row
+@pytest.mark.parametrize("size", [40, 48, 96])
 @pytest.mark.parametrize("kind", [keras_bn.LayerNormalization, keras_bn.RMSNormalization])
-def test_rows_are_right_however_far_from_0(mean, kind, run):
-    x, dy = drawn(mean)
-    layer = built(kind=kind)
+def test_rows_are_right_however_far_from_0(mean, size, kind, run):
+    x, dy = drawn(mean, size)
+    layer = built(size, kind)
     wanted = expected(layer, weights_by_name(layer), x, dy, training=True)
     found = run(layer, x, dy)
     kappa = 1 + np.abs(np.reshape(mean, (-1, 1)))

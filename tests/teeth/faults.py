@@ -406,6 +406,30 @@ if BACKEND == "torch":
             "level[j] * (float)r;",
             f"{EVERYWHERE} -k are_corrected",
         ),
+        "r forgotten in the gradient of sets that were corrected": Fault(
+            f"{COMPILED}cells.h",
+            "level[i] *= job->r[i], slope[i] *= job->r[i], factor[i] *= job->r[i];",
+            ";",
+            f"{EVERYWHERE} -k are_corrected",
+        ),
+        "d forgotten in gamma's gradient": Fault(
+            f"{COMPILED}cells.h",
+            "b * job->r[i + j] + a * job->d[i + j] : b",
+            "b * job->r[i + j] : b",
+            f"{EVERYWHERE} -k are_corrected",
+        ),
+        "one map for all lines that go together": Fault(
+            f"{COMPILED}rows.h",
+            "job->slope + cell, job->level + cell, job->gamma",
+            "job->slope + lines->at[CELL], job->level + lines->at[CELL], job->gamma",
+            "tests/layers/test_rows.py -k however_far",
+        ),
+        "a pivot far off in one of the lines that go together": Fault(
+            f"{COMPILED}rows.h",
+            "return !job->is_far;",
+            "return 1;",
+            EVERYWHERE,
+        ),
         "ghosts merged in one pass without the distance of their means": Fault(
             f"{COMPILED}merging.h", "[2 * n + j] + count * between", "[2 * n + j]", ONE_SIZE
         ),

@@ -74,6 +74,7 @@ def numbers(
     is_given: bool = False,
     varies: bool = False,
     is_training: bool = True,
+    is_corrected: bool = False,
     threads: int | None = None,
 ) -> list[int]:
     """Return what a custom call does, beside its operands, as xla_calls.c reads it.
@@ -85,9 +86,10 @@ def numbers(
         is_given: Whether gamma is, or the weights are.
         varies: Whether gamma varies within a set.
         is_training: Whether so many tensors are at work that no cache holds the result.
+        is_corrected: Whether sets are corrected, or were.
         threads: How many at most; None for one on each core that this process may use.
     """
-    options = (is_centered, is_given, varies, is_training)
+    options = (is_centered, is_given, varies, is_training, is_corrected)
     return [mask_of(axes), together, *map(int, options), threads or cores()]
 
 

@@ -55,22 +55,22 @@ int keras_bn_combined(int rank, const int64_t *dims, char *x, int type, char *dy
 /* y = gamma·(x - mean)/√(variance + epsilon) + beta, where `together` neighbouring cells make a
    set. Of gamma and beta, which vary within a set or not, cell i then has element i mod columns.
    For each cell: center, scale and shift into affine; offsets and m2 into rest.
-   With `kept`, means and then standard deviations of so many columns, the sets are corrected
-   towards these: r and d of each cell into correction, within the limits (least and most of r, most
-   of d). */
+   With kept means and variances, of so many columns, the sets are corrected towards these: r and d
+   of each cell into correction, within the limits (least and most of r, most of d). */
 int keras_bn_normalize(int rank, const int64_t *dims, char *x, int type, char *y, int y_type,
                        const float *gamma, const float *beta, int varies, double count,
                        int64_t together, double epsilon, int is_centered, int64_t cells,
-                       int64_t columns, float *affine, float *rest, const float *kept,
-                       int64_t kept_columns, const double *limits, float *correction,
-                       int is_training, int threads);
+                       int64_t columns, float *affine, float *rest, const float *kept_mean,
+                       const float *kept_variance, int64_t kept_columns, const double *limits,
+                       float *correction, int is_training, int threads);
 
 /* The gradients of that: dx, and those of beta and gamma into d_learned, of `columns` elements
-   each. */
+   each. Where the sets were corrected, r and d of each cell are given; not with a gamma that
+   varies within a set. */
 int keras_bn_gradients(int rank, const int64_t *dims, char *x, int type, char *dy, int dy_type,
                        char *dx, int dx_type, const float *gamma, int varies, double count,
                        int64_t together, int is_centered, int64_t cells, int64_t columns,
-                       float *affine, float *d_learned, int threads);
+                       float *affine, float *correction, float *d_learned, int threads);
 
 /* The moments of sets of `count` elements each, together: of each column, a number of sets, one in
    each row. Pivots, offsets and m2 into out. */

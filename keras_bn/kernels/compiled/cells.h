@@ -66,7 +66,7 @@ FOR_EACH_CPU static void finish_moments(Job *job, int64_t from, int64_t to, int 
 }
 
 /* Give each cell the moments of its set, as core/moments.py merges them. */
-static void merge(Job *job, int64_t from, int64_t to) {
+INLINED void merge(Job *job, int64_t from, int64_t to) {
     int64_t number = job->together;
     for (int64_t set = from; set < to; set += number) {
         double distance = 0, m2 = 0, pivot = job->center[set];
@@ -83,25 +83,25 @@ static void merge(Job *job, int64_t from, int64_t to) {
 }
 
 /* Say whether gamma and beta belong to cells. */
-static int is_composed(const Job *job) { return job->gamma && !job->varies; }
+INLINED int is_composed(const Job *job) { return job->gamma && !job->varies; }
 
 /* Return how many cells there are until so many columns begin again. */
-static int64_t cells_to_wrap(int64_t columns, int64_t i, int64_t to) {
+INLINED int64_t cells_to_wrap(int64_t columns, int64_t i, int64_t to) {
     int64_t ahead = columns - i % columns;
     return ahead < to - i ? ahead : to - i;
 }
 
-/* Correct maps, each towards a mean and a standard deviation, r and d within their limits; a NaN
-   stays one. */
+/* Correct maps, each towards a mean and a variance, r and d within their limits; a NaN stays one. */
 INLINED void correct_line(float *restrict slope, float *restrict level, float *restrict all_r,
                           float *restrict all_d, int64_t n, const float *restrict center,
                           const float *restrict offset, const float *restrict m2,
-                          const float *restrict mean, const float *restrict stddev,
+                          const float *restrict mean, const float *restrict variance,
                           const double *restrict limits, double share, double epsilon) {
     double least = limits[0], most = limits[1], farthest = limits[2];
     for (int64_t j = 0; j < n; j++) {
-        double r = sqrt(m2[j] * share + epsilon) / stddev[j];
-        double d = (center[j] - (double)mean[j] + offset[j]) / stddev[j];
+        double stddev = sqrt(variance[j] + epsilon);
+        double r = sqrt(m2[j] * share + epsilon) / stddev;
+        double d = (center[j] - (double)mean[j] + offset[j]) / stddev;
         r = r < least ? least : r > most ? most : r;
         d = d < -farthest ? -farthest : d > farthest ? farthest : d;
         all_r[j] = (float)r, all_d[j] = (float)d;
@@ -112,11 +112,11 @@ INLINED void correct_line(float *restrict slope, float *restrict level, float *r
 INLINED void correct(Job *job, int64_t from, int64_t to) {
     double share = 1 / (job->count * job->together);
     for (int64_t i = from, n; i < to; i += n) {
-        const float *mean = job->kept + i % job->kept_columns;
+        int64_t column = i % job->kept_columns;
         n = cells_to_wrap(job->kept_columns, i, to);
         correct_line(job->slope + i, job->level + i, job->r + i, job->d + i, n, job->center + i,
-                     job->offset + i, job->m2 + i, mean, mean + job->kept_columns, job->limits,
-                     share, job->epsilon);
+                     job->offset + i, job->m2 + i, job->kept_mean + column,
+                     job->kept_variance + column, job->limits, share, job->epsilon);
     }
 }
 
@@ -133,7 +133,7 @@ FOR_EACH_CPU static void finish_map(Job *job, int64_t from, int64_t to, int part
     }
     memcpy(job->slope + from, scale + from, (size_t)(to - from) * sizeof(float));
     memcpy(job->level + from, shift + from, (size_t)(to - from) * sizeof(float));
-    if (job->kept) correct(job, from, to);
+    if (job->kept_mean) correct(job, from, to);
     for (int64_t i = from, n; is_composed(job) && i < to; i += n) {
         const float *gamma = job->gamma + i % job->columns.number;
         const float *beta = job->beta + i % job->columns.number;
@@ -146,21 +146,24 @@ FOR_EACH_CPU static void finish_map(Job *job, int64_t from, int64_t to, int part
 }
 
 /* Keep the sums of cells as levels and slopes. */
-static void finish_sums(Job *job, int64_t from, int64_t to, int part) {
+INLINED void finish_sums(Job *job, int64_t from, int64_t to, int part) {
     (void)part;
     const double *first = job->cells.sums - job->cells.first, *second = first + job->cells.number;
     for (int64_t i = from; i < to; i++)
         job->level[i] = (float)first[i], job->slope[i] = (float)second[i];
 }
 
-/* Turn Σ dy and Σ dy·(x - center) into Σ dy·z, and both into Σ g·dy and Σ g·dy·z. */
-static void weigh(Job *job, int64_t from, int64_t to) {
+/* Turn Σ dy and Σ dy·(x - center) into Σ dy·z, and both into Σ g·dy and Σ g·dy·z, where g is
+   gamma·r. */
+INLINED void weigh(Job *job, int64_t from, int64_t to) {
     const float *restrict scale = job->scale, *restrict shift = job->shift;
     float *restrict slope = job->slope, *restrict level = job->level;
     float *restrict factor = job->factor;
     memcpy(factor + from, scale + from, (size_t)(to - from) * sizeof(float));
     for (int64_t i = from; !job->varies && i < to; i++)
         slope[i] = slope[i] * scale[i] + level[i] * shift[i];
+    for (int64_t i = from; job->r && i < to; i++)
+        level[i] *= job->r[i], slope[i] *= job->r[i], factor[i] *= job->r[i];
     for (int64_t i = from, n; is_composed(job) && i < to; i += n) {
         const float *gamma = job->gamma + i % job->columns.number;
         n = cells_to_wrap(job->columns.number, i, to);
@@ -170,7 +173,7 @@ static void weigh(Job *job, int64_t from, int64_t to) {
 }
 
 /* Give each cell the sums of its set. */
-static void share(Job *job, int64_t from, int64_t to) {
+INLINED void share(Job *job, int64_t from, int64_t to) {
     for (int64_t set = from; set < to; set += job->together) {
         double first = 0, second = 0;
         for (int64_t i = set; i < set + job->together; i++)
@@ -197,9 +200,9 @@ FOR_EACH_CPU static void finish_gradients(Job *job, int64_t from, int64_t to, in
     }
 }
 
-/* Add the sums of some cells, Σ dy and Σ dy·z, to those of some columns. */
-static void add_to_columns(Job *job, int64_t from, int64_t to, int64_t lowest, int64_t highest,
-                           int part) {
+/* Add the sums of some cells, Σ dy and Σ dy·(r·z + d), to those of some columns. */
+FOR_EACH_CPU static void add_to_columns(Job *job, int64_t from, int64_t to, int64_t lowest,
+                                        int64_t highest, int part) {
     const double *first = job->cells.sums - job->cells.first, *second = first + job->cells.number;
     double *firsts = job->columns.sums + part * job->columns.copy;
     double *seconds = firsts + job->columns.number;
@@ -209,9 +212,10 @@ static void add_to_columns(Job *job, int64_t from, int64_t to, int64_t lowest, i
         int64_t low = lowest > column ? lowest - column : 0;
         int64_t high = highest - column < n ? highest - column : n;
         for (int64_t j = low; j < high; j++) {
-            double a = first[i + j], b = second[i + j];
+            double a = first[i + j];
+            double b = second[i + j] * job->scale[i + j] + a * job->shift[i + j];
             firsts[column + j] += a;
-            seconds[column + j] += b * job->scale[i + j] + a * job->shift[i + j];
+            seconds[column + j] += job->r ? b * job->r[i + j] + a * job->d[i + j] : b;
         }
     }
 }

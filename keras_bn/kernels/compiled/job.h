@@ -45,9 +45,9 @@ struct Job {
     char *big[Y + 1];
     const float *weights, *gamma, *beta;
     float *center, *scale, *shift, *factor, *slope, *level, *offset, *m2;
-    const float *kept; /* means and standard deviations to correct towards, or NULL */
+    const float *kept_mean, *kept_variance; /* to correct towards, or NULL */
     const double *limits;
-    float *r, *d;
+    float *r, *d; /* of cells that are corrected */
     int64_t kept_columns;
     Sums cells, columns;
     Work work; /* for slopes, levels and factors, unless these are results */

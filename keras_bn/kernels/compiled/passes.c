@@ -82,16 +82,17 @@ int keras_bn_combined(int rank, const int64_t *dims, char *x, int type, char *dy
 int keras_bn_normalize(int rank, const int64_t *dims, char *x, int type, char *y, int y_type,
                        const float *gamma, const float *beta, int varies, double count,
                        int64_t together, double epsilon, int is_centered, int64_t cells,
-                       int64_t columns, float *affine, float *rest, const float *kept,
-                       int64_t kept_columns, const double *limits, float *correction,
-                       int is_training, int threads) {
+                       int64_t columns, float *affine, float *rest, const float *kept_mean,
+                       const float *kept_variance, int64_t kept_columns, const double *limits,
+                       float *correction, int is_training, int threads) {
     Job job = {.sum = sum_moments, .finish = finish_map, .map = map, .rows = normalize_rows,
                .big = {x, NULL, y}, .types = {type, 0, y_type}, .gamma = gamma, .beta = beta,
                .varies = varies, .count = count, .together = together, .epsilon = epsilon,
                .is_centered = is_centered, .center = affine, .scale = affine + cells,
                .shift = affine + 2 * cells, .offset = rest, .m2 = rest + cells,
                .columns.number = columns,
-               .kept = kept, .kept_columns = kept_columns, .limits = limits, .r = correction,
+               .kept_mean = kept_mean, .kept_variance = kept_variance,
+               .kept_columns = kept_columns, .limits = limits, .r = correction,
                .d = correction + cells, .is_training = is_training};
     if (!prepare(&job, rank, dims, cells, 0, threads)) return 0;
     run(&job);
@@ -102,14 +103,14 @@ int keras_bn_normalize(int rank, const int64_t *dims, char *x, int type, char *y
 int keras_bn_gradients(int rank, const int64_t *dims, char *x, int type, char *dy, int dy_type,
                        char *dx, int dx_type, const float *gamma, int varies, double count,
                        int64_t together, int is_centered, int64_t cells, int64_t columns,
-                       float *affine, float *d_learned, int threads) {
+                       float *affine, float *correction, float *d_learned, int threads) {
     Job job = {.sum = varies ? sum_mapped_products : sum_products, .finish = finish_gradients,
                .map = combine, .rows = differentiate_rows, .big = {x, dy, dx},
                .types = {type, dy_type, dx_type}, .gamma = gamma, .varies = varies,
                .count = count, .together = together, .is_centered = is_centered,
                .center = affine, .scale = affine + cells, .shift = affine + 2 * cells,
-               .is_training = 1};
-    if (!prepare(&job, rank, dims, cells, columns, threads)) return 0;
+               .r = correction, .d = correction ? correction + cells : NULL, .is_training = 1};
+    if ((varies && correction) || !prepare(&job, rank, dims, cells, columns, threads)) return 0;
     run(&job);
     write_columns(&job, d_learned);
     release(&job);

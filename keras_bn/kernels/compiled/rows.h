@@ -21,7 +21,7 @@ static int are_rows(const Job *job) {
     int lines = nest->rank - 2, is_shared = !nest->stride[COLUMN][lines];
     int is_along = along_line(job, COLUMN, job->gamma) == MANY;
     int varies_so = is_along && (is_shared || !job->columns.sums);
-    return are_lines_alone(job) && job->together == 1 && !job->kept
+    return are_lines_alone(job) && job->together == 1 && !job->kept_mean
         && nest->stride[CELL][lines] == 1 && (!job->varies || varies_so);
 }
 
@@ -45,33 +45,76 @@ INLINED void normalize_line(Job *job, const int64_t *at, const float *x, char *y
              beta);
 }
 
-/* Normalize lines one by one. Several, of which the results are narrowed, are widened and narrowed
+/* Sums, and what lies between two stages, of the cells of ROWS lines. */
+typedef struct {
+    double sums[2 * ROWS];
+    float work[WORKS * ROWS];
+} Between;
+
+/* Let a job have those of the cells from one on, with sums of 0. */
+INLINED void settle(Job *job, Between *between, int64_t from) {
+    memset(between->sums, 0, sizeof between->sums);
+    job->cells = (Sums){between->sums, from, ROWS, 0};
+    place(job, between->work, from, ROWS);
+}
+
+/* Find the maps of ROWS lines at once; 0 if a pivot was so far off that digits are lost. */
+INLINED int find_maps(Job *job, const float *x, int64_t step, int64_t n, int64_t from,
+                      int is_centered) {
+    Ends ends[ROWS];
+    for (int i = 0; i < ROWS; i++) {
+        const float *line = x + i * step;
+        float *pivot = job->center + from + i;
+        *pivot = pivot_of(job, line[0]);
+        ends[i] = is_centered ? moments_line(line, n, ABSENT, 0, pivot) : squares_line(line, n);
+    }
+    add_ends(ends, ROWS, 1, job->cells.sums, job->cells.sums + ROWS);
+    job->is_far = 0;
+    job->finish(job, from, from + ROWS, 0);
+    return !job->is_far;
+}
+
+/* Normalize lines. Of several what becomes of the sums is found together, and the results are narrowed
    together, or each line would wait for its own. */
 INLINED void normalize_lines(Job *job, const Piece *lines, double share, int is_centered,
                              int column) {
     float room[LINE];
     Rooms rooms;
+    Between between;
     char *targets[ROWS], *y[ROWS];
-    int rows = lines->rows;
+    int rows = lines->rows, are_found = 0;
+    int is_narrowed = !job->way.is_direct && job->types[Y] != FLOAT;
     int64_t n = lines->n, step, at[OPERANDS];
     memcpy(at, lines->at, sizeof at);
     const float *x = lines_of(job, X, lines, room, &step);
-    for (int i = 0; i < rows; i++) {
+    if (rows == ROWS) {
+        settle(job, &between, at[CELL]);
+        are_found = find_maps(job, x, step, n, at[CELL], is_centered);
+    }
+    for (int i = 0; i < rows; i++, x += step) {
+        int64_t cell = at[CELL];
         y[i] = targets[i] = job->big[Y] + at[Y] * WIDTH[job->types[Y]];
         if (!job->way.is_direct)
-            y[i] = (char *)(line_for(job, targets[i], &rooms) + (rows == 1 ? 0 : i * SHORT));
-        normalize_line(job, at, x + i * step, y[i], n, share, is_centered, column);
+            y[i] = (char *)(line_for(job, targets[i], &rooms) + (is_narrowed ? i * SHORT : 0));
+        if (are_found)
+            map_line(job->way, y[i], (const char *)x, n, ONE, column, job->center + cell,
+                     job->slope + cell, job->level + cell, job->gamma + at[COLUMN],
+                     job->beta + at[COLUMN]);
+        else normalize_line(job, at, x, y[i], n, share, is_centered, column);
+        if (!job->way.is_direct && !is_narrowed)
+            put(job, targets[i], n, (const float *)y[i], &rooms);
         for (int o = 0; o < OPERANDS; o++) at[o] += lines->apart[o];
     }
-    for (int i = 0; i < rows && !job->way.is_direct; i++)
+    for (int i = 0; i < rows && is_narrowed; i++)
         put(job, targets[i], n, (const float *)y[i], &rooms);
 }
 
 INLINED void normalize_by_rows(Job *job, int64_t first, int64_t last, int is_centered, int column) {
     int64_t n = job->nest.size[job->nest.rank - 1];
     double share = 1 / job->count;
-    /* Wide results go line by line: so a processor reads the next while it writes this one. */
-    int is_block = job->types[Y] != FLOAT && n <= SHORT;
+    /* Wide results of longer lines go line by line: so a processor reads the next while it writes
+       this one. */
+    int is_block = n <= (job->types[Y] == FLOAT ? FEW * LANES : SHORT);
     for (Block block = before(walk_of(&job->nest, first, last)); next_block(&block, is_block);) {
         Piece several = piece_of(&block, ROWS, n), one = piece_of(&block, 1, n);
         if (block.rows == ROWS) normalize_lines(job, &several, share, is_centered, column);
@@ -95,10 +138,8 @@ INLINED void differentiate_lines(Job *job, const Piece *lines, int64_t most, int
     int rows = lines->rows;
     int64_t at[OPERANDS], from = lines->at[CELL], to = from + rows;
     memcpy(at, lines->at, sizeof at);
-    double sums[2 * ROWS] = {0};
-    float work[WORKS * ROWS];
-    job->cells = (Sums){sums, from, ROWS, 0};
-    place(job, work, from, ROWS);
+    Between between;
+    settle(job, &between, from);
     pieces_of(job, lines, most, part, sum, ONE, column, ABSENT);
     job->finish(job, from, to, part);
     if (sum == PRODUCTS) add_to_columns(job, from, to, 0, job->columns.number, part);

@@ -178,14 +178,14 @@ static void *data_of(const Call *call, int input) {
 static void normalize(void *kernel, TF_OpKernelContext *context) {
     const Options *options = kernel;
     Call call = call_of(context);
-    int is_done = 0, kept = options->is_corrected ? TF_NumInputs(context) - 2 : 0;
+    int is_done = 0, kept = options->is_corrected ? TF_NumInputs(context) - 3 : 0;
     if (!TF_GetCode(call.status)) {
         TF_Tensor *x = call.inputs[0];
         int is_learned = kept != 1;
         Shape shape = shape_with(options, x, is_learned ? call.inputs[1] : NULL, NULL, NULL);
         int type = of_dtype(options->type);
         double limits[3] = {0};
-        for (int i = 0; kept && i < 3; i++) limits[i] = ((float *)data_of(&call, kept + 1))[i];
+        for (int i = 0; kept && i < 3; i++) limits[i] = ((float *)data_of(&call, kept + 2))[i];
         char *y = like_input(&call, &shape, type);
         float *affine = parts_of(context, 1, 3, shape.sums, shape.rank, shape.cells,
                                  &call.outputs[1], call.status);
@@ -198,20 +198,22 @@ static void normalize(void *kernel, TF_OpKernelContext *context) {
                 is_learned ? data_of(&call, 1) : NULL, is_learned ? data_of(&call, 2) : NULL,
                 options->varies, (double)shape.elements / shape.cells, options->together,
                 options->epsilon, options->is_centered, shape.cells, shape.number, affine, rest,
-                kept ? data_of(&call, kept) : NULL,
-                kept ? TF_TensorElementCount(call.inputs[kept]) / 2 : 0, limits,
+                kept ? data_of(&call, kept) : NULL, kept ? data_of(&call, kept + 1) : NULL,
+                kept ? TF_TensorElementCount(call.inputs[kept]) : 0, limits,
                 rest + 2 * shape.cells, 1, (int)options->threads);
     }
     finish(&call, is_done);
 }
 
+/* What is left of sets that were corrected is the last input, with r and d at its end. */
 static void gradients(void *kernel, TF_OpKernelContext *context) {
     const Options *options = kernel;
     Call call = call_of(context);
-    int is_done = 0;
+    int is_done = 0, rest = options->is_corrected ? TF_NumInputs(context) - 1 : 0;
+    int gamma = rest == 3 ? 0 : 3;
     if (!TF_GetCode(call.status)) {
         TF_Tensor *x = call.inputs[0], *dy = call.inputs[1];
-        Shape shape = shape_with(options, x, call.inputs[3], NULL, NULL);
+        Shape shape = shape_with(options, x, gamma ? call.inputs[gamma] : NULL, NULL, NULL);
         int type = of_dtype(TF_TensorType(x));
         char *dx = like_input(&call, &shape, type);
         float *learned = parts_of(context, 1, 2, shape.columns, shape.rank, shape.number,
@@ -221,9 +223,10 @@ static void gradients(void *kernel, TF_OpKernelContext *context) {
             is_done = keras_bn_gradients(
                 shape.rank, shape.dims, TF_TensorData(x), type, TF_TensorData(dy),
                 of_dtype(TF_TensorType(dy)), dx, type,
-                data_of(&call, 3), options->varies,
+                gamma ? data_of(&call, gamma) : NULL, options->varies,
                 (double)shape.elements / shape.cells, options->together, options->is_centered,
-                shape.cells, shape.number, TF_TensorData(call.inputs[2]), learned,
+                shape.cells, shape.number, TF_TensorData(call.inputs[2]),
+                rest ? (float *)data_of(&call, rest) + 2 * shape.cells : NULL, learned,
                 (int)options->threads);
     }
     finish(&call, is_done);

@@ -59,7 +59,7 @@ static const uint64_t VERSION = (uint64_t)2 << 56 | (uint64_t)10 << 48;
 /* How PyTorch numbers dtypes, in the order of calls.h. */
 static int32_t dtypes[3];
 
-enum { MOST_TENSORS = 16, MOST_RESULTS = 3, IN_LIST = 2 };
+enum { MOST_TENSORS = 16, MOST_RESULTS = 3, IN_LIST = 3 };
 
 /* A tensor; `type` is less than 0 for a dtype that the passes do not take. */
 typedef struct {
@@ -279,16 +279,18 @@ static void normalize(Value *stack, uint64_t inputs, uint64_t outputs) {
             shape->rank, shape->dims, x->data, x->type, y->data, y->type, learned[0].data,
             learned[1].data, truth(&call, 4), (double)shape->elements / shape->cells,
             (int64_t)stack[5], real(&call, 6), truth(&call, 7), shape->cells, shape->number, affine,
-            rest, kept[0].data, elements_of(&kept[0]) / 2, kept[1].data, rest + 2 * shape->cells,
-            truth(&call, 8), threads());
+            rest, kept[0].data, kept[1].data, elements_of(&kept[0]), kept[2].data,
+            rest + 2 * shape->cells, truth(&call, 8), threads());
     finish(&call, is_done);
 }
 
 static void gradients(Value *stack, uint64_t inputs, uint64_t outputs) {
     Call call = call_of(stack);
     Array *x = &call.big[X], *dy = &call.big[DY], *dx = &call.big[Y], affine, gamma[IN_LIST];
+    Array rest[IN_LIST]; /* what is left of sets that were corrected, with r and d last */
     *dy = given(&call, 1), affine = given(&call, 2);
     read_list(&call, 3, gamma);
+    read_list(&call, 4, rest);
     Shape *shape = &call.shape;
     *shape = shape_with(&call, affine.size + 1, gamma[0].size, NULL, 0);
     make_like(&call, x->type);
@@ -300,9 +302,9 @@ static void gradients(Value *stack, uint64_t inputs, uint64_t outputs) {
     while (!is_done && is_worth_a_try(&call))
         is_done = keras_bn_gradients(
             shape->rank, shape->dims, x->data, x->type, dy->data, dy->type, dx->data, dx->type,
-            gamma[0].data, truth(&call, 4), (double)shape->elements / shape->cells,
-            (int64_t)stack[5], truth(&call, 6), shape->cells, shape->number, affine.data, found,
-            threads());
+            gamma[0].data, truth(&call, 5), (double)shape->elements / shape->cells,
+            (int64_t)stack[6], truth(&call, 7), shape->cells, shape->number, affine.data,
+            rest[0].data ? (float *)rest[0].data + 2 * shape->cells : NULL, found, threads());
     finish(&call, is_done);
 }
 

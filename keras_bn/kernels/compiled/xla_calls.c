@@ -131,7 +131,7 @@ static int type_of(const Buffer *buffer) {
 /* ---- Each returns 1, or 0 where there are too many axes, or no memory for sums. */
 
 typedef struct {
-    int64_t mask, together, is_centered, is_given, varies, is_training, threads;
+    int64_t mask, together, is_centered, is_given, varies, is_training, is_corrected, threads;
 } Numbers;
 
 typedef struct {
@@ -229,13 +229,13 @@ static int combined(const Frame *frame) {
 }
 
 /* x, gamma and beta, and maybe what to correct towards, with the limits; y, maps, and the rest of
-   what `keras_bn_normalize` gives, with r and d if there is room for them. */
+   what `keras_bn_normalize` gives. */
 static int normalize(const Frame *frame) {
     Call call = call_of(frame, 0, 1, 0);
     const Shape *of = &call.shape;
-    int kept = frame->results.buffers[2]->dims[0] == 4 ? call.is.is_given ? 3 : 1 : 0;
+    int kept = !call.is.is_corrected ? 0 : call.is.is_given ? 3 : 1;
     double limits[3] = {0};
-    for (int i = 0; kept && i < 3; i++) limits[i] = ((float *)operand(frame, kept + 1))[i];
+    for (int i = 0; kept && i < 3; i++) limits[i] = ((float *)operand(frame, kept + 2))[i];
     float *rest = result(frame, 2);
     return is_empty(&call)
         || keras_bn_normalize(of->rank, of->dims, operand(frame, 0), call.x_type, result(frame, 0),
@@ -244,21 +244,25 @@ static int normalize(const Frame *frame) {
                               call.is.together, call.epsilon, (int)call.is.is_centered, of->cells,
                               of->number, result(frame, 1), rest,
                               kept ? operand(frame, kept) : NULL,
-                              kept ? elements_of(frame->operands.buffers[kept]) / 2 : 0, limits,
+                              kept ? operand(frame, kept + 1) : NULL,
+                              kept ? elements_of(frame->operands.buffers[kept]) : 0, limits,
                               rest + 2 * of->cells, (int)call.is.is_training,
                               (int)call.is.threads);
 }
 
-/* x, dy, maps and gamma; dx, and the gradients of beta and gamma. */
+/* x, dy, maps and gamma, and of sets that were corrected the rest, with r and d last; dx, and the
+   gradients of beta and gamma. */
 static int gradients(const Frame *frame) {
     Call call = call_of(frame, 0, 3, 0);
     const Shape *of = &call.shape;
+    int rest = !call.is.is_corrected ? 0 : call.is.is_given ? 4 : 3;
     return is_empty(&call)
         || keras_bn_gradients(of->rank, of->dims, operand(frame, 0), call.x_type,
                               operand(frame, 1), type_of(frame->operands.buffers[1]),
                               result(frame, 0), call.x_type, further(&call, 3),
                               (int)call.is.varies, call.count, call.is.together,
                               (int)call.is.is_centered, of->cells, of->number, operand(frame, 2),
+                              rest ? (float *)operand(frame, rest) + 2 * of->cells : NULL,
                               result(frame, 1), (int)call.is.threads);
 }
 

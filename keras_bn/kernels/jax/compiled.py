@@ -127,7 +127,7 @@ def _kept(correct: Any, sums: Axes) -> list[Tensor] | None:
     limits = corrected(correct, sums)
     if limits is None or correct.mean.dtype != jnp.float32:
         return None
-    kept = [jnp.stack([correct.mean, correct.stddev]), jnp.stack(limits).astype("float32")]
+    kept = [correct.mean, correct.variance, jnp.stack(limits).astype("float32")]
     return [jax.lax.stop_gradient(part) for part in kept]
 
 
@@ -152,7 +152,7 @@ def _normalized_jvp(what: tuple[Any, How], primals: Any, tangents: Any) -> Any:
     how = how._replace(is_training=True)
     y, affine, rest = _normalized((plain, how), *primals)
     if how.is_corrected:
-        primals, tangents = _composed(primals[:-2], tangents[:-2], rest[2], rest[3])
+        primals, tangents = _composed(primals[:-3], tangents[:-3], rest[2], rest[3])
         how = how._replace(is_corrected=False)
     (dy,) = _movement.bind(*primals, affine, *tangents, plain=plain, how=how)
     return (y, affine, rest), (dy, jnp.zeros_like(affine), jnp.zeros_like(rest))
@@ -209,7 +209,8 @@ def _columns(x: Any, learned: Any) -> Axes:
 
 def _call(how: How, **options: bool) -> dict[str, Any]:
     """Return what xla_calls.c reads."""
-    given = numbers(how.axes, how.together, how.is_centered, varies=how.varies, **options)
+    options |= {"varies": how.varies, "is_corrected": how.is_corrected}
+    given = numbers(how.axes, how.together, how.is_centered, **options)
     return {"numbers": np.array(given, np.int64), "epsilon": np.array([how.epsilon])}
 
 
@@ -218,7 +219,7 @@ def _call_moments(how: How, _: Any, *counted: Any) -> dict[str, Any]:
 
 
 def _call_normalize(how: How, _: Any, *others: Any) -> dict[str, Any]:
-    is_given = len(others) > 2 * how.is_corrected
+    is_given = len(others) > 3 * how.is_corrected
     return _call(how, is_given=is_given, is_training=how.is_training)
 
 

@@ -28,6 +28,8 @@ _LEAST = {
     "normalize": 1,
     "gradients": 3,
 }
+# How many more it has, after those, of sets that are corrected.
+_OF_CORRECTED = {"normalize": 3, "gradients": 1}
 _NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 # Of what XlaCallModule takes; from here on it fills in shapes where it is asked to.
 _VERSION = 9
@@ -68,13 +70,13 @@ def call(
         results: Their dtypes and shapes. The last axes are those of x; so are sizes not known.
         axes: Summed over.
         epsilon: Added to the variance.
-        is_corrected: Whether the last two inputs say towards what.
+        is_corrected: Whether the last inputs say towards what, or how.
         **options: What `numbers` takes.
     """
     given = tuple((part.dtype.name, tuple(part.shape)) for part in inputs)
     found = tuple((dtype, tuple(shape)) for dtype, shape in results)
-    is_given = len(inputs) - 2 * is_corrected > _LEAST[name]
-    what = numbers(tuple(axes), is_given=is_given, **options)
+    is_given = len(inputs) - is_corrected * _OF_CORRECTED.get(name, 0) > _LEAST[name]
+    what = numbers(tuple(axes), is_given=is_given, is_corrected=is_corrected, **options)
     module = _module(name, given, found, tuple(what), epsilon)
     made: list[Tensor] = xla.call_module(
         inputs,

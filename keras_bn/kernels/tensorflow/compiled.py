@@ -130,16 +130,16 @@ def normalize(
     how, given = how_of(learned, plan), [x, *parts, *kept]
     y, affine, rest = _either(plain, _normalized, how, *given)
     # An index takes eager TensorFlow 2.21 several times as long.
-    (center, *_), (offset, m2, *correction) = tf.unstack(affine), tf.unstack(rest)
-    count = number(x, how.axes) * how.together
-    return y, Moments(count, center, offset, m2), Whole(affine, *correction)
+    (center, *_), (offset, m2, *_) = tf.unstack(affine), tf.unstack(rest)
+    moments = Moments(number(x, how.axes) * how.together, center, offset, m2)
+    return y, moments, Whole(affine, rest if how.is_corrected else None)
 
 
 def _normalized(how: How, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     sums, rows = _sums(x, how.axes), 4 if how.is_corrected else 2
     results = [(how.dtype, x.shape), ("float32", [3, *sums]), ("float32", [rows, *sums])]
-    options = {"epsilon": how.epsilon, "is_corrected": how.is_corrected}
-    return tuple(_call("normalize", [x], [*others], results, **_options(how), **options))
+    options = {"epsilon": how.epsilon, **_options(how)}
+    return tuple(_call("normalize", [x], [*others], results, **options))
 
 
 def gradients(
@@ -152,10 +152,11 @@ def gradients(
     if parts is None:  # of sets whose number is not known
         return None
     columns = parts[0].shape if parts else [1] * x.shape.rank
+    rest = [] if whole.rest is None else [whole.rest]
     dx, found = _call(
         "gradients",
         [x, tf.cast(dy, plan.dtype)],
-        [whole.affine, *parts[:1]],
+        [whole.affine, *parts[:1], *rest],
         [(x.dtype.name, x.shape), ("float32", [2, *columns])],
         **_options(how_of(learned, plan)),
     )
@@ -170,6 +171,7 @@ def _options(how: How) -> dict[str, Any]:
         "together": how.together,
         "is_centered": how.is_centered,
         "varies": how.varies,
+        "is_corrected": how.is_corrected,
     }
 
 
@@ -271,7 +273,7 @@ def _kept(plan: Plan, sums: Any) -> list[Tensor] | None:
     limits = corrected(correct, sums)
     if limits is None or correct.mean.dtype != tf.float32:
         return None
-    return [tf.stack([correct.mean, correct.stddev]), tf.stack(limits)]
+    return [correct.mean, correct.variance, tf.stack(limits)]
 
 
 def _filled(learned: Learned, sums: Any, plan: Plan) -> list[Tensor] | None:

@@ -127,8 +127,9 @@ def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Any, Who
     if plan.is_alone:
         return y, None, Whole(affine)
     size = math.prod([x.shape[axis] for axis in axes])
-    (center, *_), (offset, m2, *correction) = affine.unbind(), rest.unbind()
-    return y, Moments(size * together, center, offset, m2), Whole(affine, *correction)
+    (center, *_), (offset, m2, *_) = affine.unbind(), rest.unbind()
+    moments = Moments(size * together, center, offset, m2)
+    return y, moments, Whole(affine, rest if kept else None)
 
 
 def merged(sets: Moments) -> list[Tensor] | None:
@@ -172,8 +173,9 @@ def gradients(
         gamma = torch.ones_like(beta)
     are_varied, together = varies(learned, plan.pooling.axes), plan.pooling.together or 1
     given = [] if gamma is None else [gamma.contiguous()]
+    rest = [] if whole.rest is None else [whole.rest]
     dx, found = operations.gradients(
-        x, dy, whole.affine, given, are_varied, together, plan.pooling.is_centered
+        x, dy, whole.affine, given, rest, are_varied, together, plan.pooling.is_centered
     )
     pairs = zip((found[1], found[0]), learned, strict=True)
     return dx, *[gradient for gradient, part in pairs if part is not None]
@@ -182,19 +184,19 @@ def gradients(
 def _kept(plan: Plan, sums: Axes) -> list[Tensor] | None:
     """Return what sets are corrected towards, and the limits; None if the passes do not so.
 
-    That is means and then standard deviations; least and most of r, most of d.
+    That is means, variances; least and most of r, most of d.
     """
     correct: Any = plan.correct
     if correct is None:
         return []
-    parts, limits = _dense(correct.mean, correct.stddev), corrected(correct, sums)
+    parts, limits = _dense(correct.mean, correct.variance), corrected(correct, sums)
     if parts is None or limits is None:
         return None
     if any(isinstance(limit, torch.Tensor) for limit in limits):
         ends = torch.stack([torch.as_tensor(limit, dtype=torch.float64) for limit in limits])
     else:
         ends = torch.tensor(limits, dtype=torch.float64)
-    return [torch.stack(parts), ends]
+    return [*parts, ends]
 
 
 class _Columns(NamedTuple):

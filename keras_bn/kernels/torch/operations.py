@@ -75,19 +75,19 @@ def _parts(number: int, of: Any, x: Tensor) -> Tensor:
 )
 def normalize(x: Tensor, learned: Any, kept: Any, axes: int, *options: Any) -> Any:
     """Make y; center, scale and shift of each cell; offsets, m2, and r and d."""
-    # Of what is learned gamma and beta or nothing; what sets are corrected towards, means and then
-    # standard deviations, and the limits, or nothing.
+    # Of what is learned gamma and beta or nothing; of what sets are corrected towards means and
+    # variances, and the limits, or nothing.
     sums = _without(axes, x)
     y = torch.empty_like(x, dtype=options[-1])
     return y, _parts(3, sums, x), _parts(4 if kept else 2, sums, x)
 
 
 @_operation(
-    "(Tensor x, Tensor dy, Tensor affine, Tensor[] gamma, bool varies, SymInt together,"
-    " bool is_centered) -> (Tensor, Tensor)"
+    "(Tensor x, Tensor dy, Tensor affine, Tensor[] gamma, Tensor[] rest, bool varies,"
+    " SymInt together, bool is_centered) -> (Tensor, Tensor)"
 )
 def gradients(x: Tensor, dy: Tensor, affine: Tensor, gamma: Any, *options: Any) -> Any:
-    """Make dx; Σ dy and Σ dy·z of each column."""
+    """Make dx; the gradients of beta and gamma. Of sets that were corrected the rest is given."""
     columns = gamma[0].shape if gamma else (1,) * x.ndim
     return torch.empty_like(x), _parts(2, columns, x)
 
