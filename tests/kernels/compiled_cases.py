@@ -98,11 +98,11 @@ def compare_groups(y, x, axis):
     assert hard.share(found - z, hard.output_bound(z, exact, U)) <= 1
 
 
-def drawn(shape, axes, varied, mean=3.0, dtype="float32"):
+def drawn(shape, axes, varied, mean=3.0, dtype="float32", outlier=300):
     """Return x, dy, gamma and beta; x begins with an outlier in each set of its first row."""
     rng = np.random.default_rng(0)
     x = rng.normal(mean, 1, shape)
-    x[tuple(0 if axis in axes else slice(None) for axis in range(len(shape)))] += 300
+    x[tuple(0 if axis in axes else slice(None) for axis in range(len(shape)))] += outlier
     dy = rng.normal(0.2, 1, shape)
     sizes = [size if axis in varied else 1 for axis, size in enumerate(shape)]
     gamma, beta = rng.uniform(0.5, 2, (2, *sizes)).astype("float32")

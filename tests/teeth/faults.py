@@ -389,7 +389,7 @@ if BACKEND == "torch":
             "tests/layers/test_columns.py -k 'about_0 or one_pass'",
         ),
         "sums of the other threads forgotten": Fault(
-            f"{COMPILED}cells.h",
+            f"{COMPILED}stages.h",
             "for (int part = 1; sums->copy && part < job->parts; part++)",
             "for (int part = 1; sums->copy && part < 0; part++)",
             EVERYWHERE,

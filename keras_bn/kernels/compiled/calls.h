@@ -25,6 +25,9 @@ void keras_bn_register_calls(void);
 /* Say whether the passes know float16. */
 int keras_bn_reads_half(void);
 
+/* Take the passes of no newer generation of processors than 0, 1 (AVX2) or 2 (AVX-512): for tests. */
+void keras_bn_take_generation(int most);
+
 /* Moments about the mean, or about 0 if not centered: pivots, offsets and m2 into out. The count is
    that of each cell where `counts` is given. */
 int keras_bn_moments(int rank, const int64_t *dims, char *x, int type, const float *weights,

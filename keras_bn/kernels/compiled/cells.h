@@ -5,15 +5,6 @@
 
 #include "passes.h"
 
-/* Add what the other parts have to the sums of some cells. */
-static void join_parts(Job *job, const Sums *sums, int64_t from, int64_t to) {
-    for (int part = 1; sums->copy && part < job->parts; part++)
-        for (int half = 0; half < 2; half++) {
-            double *own = sums->sums + half * sums->number, *others = own + part * sums->copy;
-            for (int64_t i = from; i < to; i++) own[i] += others[i];
-        }
-}
-
 /* Say whether a count in float32 is what was counted, as that of a mask is. */
 INLINED int is_exact(float count) { return count < 1 << 24 && count == (float)(int32_t)count; }
 
@@ -58,7 +49,7 @@ INLINED void moments_of(Job *job, int64_t from, int64_t to, int is_counted, int 
 }
 
 /* Turn the sums of cells into moments. */
-FOR_EACH_CPU static void finish_moments(Job *job, int64_t from, int64_t to, int part) {
+static void finish_moments(Job *job, int64_t from, int64_t to, int part) {
     (void)part;
     if (!job->is_centered) moments_of(job, from, to, 0, 0);
     else if (job->counts) moments_of(job, from, to, 1, 1);
@@ -121,7 +112,7 @@ INLINED void correct(Job *job, int64_t from, int64_t to) {
 }
 
 /* Turn the sums of cells into the map of each. */
-FOR_EACH_CPU static void finish_map(Job *job, int64_t from, int64_t to, int part) {
+static void finish_map(Job *job, int64_t from, int64_t to, int part) {
     finish_moments(job, from, to, part);
     if (job->together > 1) merge(job, from, to);
     const float *restrict m2 = job->m2, *restrict offset = job->offset;
@@ -185,7 +176,7 @@ INLINED void share(Job *job, int64_t from, int64_t to) {
 
 /* Over a set of n, dx = scale·(g·dy - Σ g·dy / n - z·Σ g·dy·z / n): with
    z = (x - center)·scale + shift that is scale·g·dy + (x - center)·slope + level. */
-FOR_EACH_CPU static void finish_gradients(Job *job, int64_t from, int64_t to, int part) {
+static void finish_gradients(Job *job, int64_t from, int64_t to, int part) {
     finish_sums(job, from, to, part);
     weigh(job, from, to);
     if (job->together > 1) share(job, from, to);
@@ -201,8 +192,8 @@ FOR_EACH_CPU static void finish_gradients(Job *job, int64_t from, int64_t to, in
 }
 
 /* Add the sums of some cells, Σ dy and Σ dy·(r·z + d), to those of some columns. */
-FOR_EACH_CPU static void add_to_columns(Job *job, int64_t from, int64_t to, int64_t lowest,
-                                        int64_t highest, int part) {
+static void add_to_columns(Job *job, int64_t from, int64_t to, int64_t lowest, int64_t highest,
+                           int part) {
     const double *first = job->cells.sums - job->cells.first, *second = first + job->cells.number;
     double *firsts = job->columns.sums + part * job->columns.copy;
     double *seconds = firsts + job->columns.number;
@@ -218,11 +209,6 @@ FOR_EACH_CPU static void add_to_columns(Job *job, int64_t from, int64_t to, int6
             seconds[column + j] += job->r ? b * job->r[i + j] + a * job->d[i + j] : b;
         }
     }
-}
-
-static void write_columns(Job *job, float *out) {
-    join_parts(job, &job->columns, 0, job->columns.number);
-    for (int64_t i = 0; i < 2 * job->columns.number; i++) out[i] = (float)job->columns.sums[i];
 }
 
 #endif

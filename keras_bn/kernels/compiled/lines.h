@@ -18,17 +18,27 @@ enum { ROWS = 8, SHORT = LINE / ROWS };
    these sums in double precision. To widen each term takes longer than all the rest. */
 
 enum { FEW = 4, HALF_LANES = LANES / 2 };
-typedef float Eight __attribute__((vector_size(HALF_LANES * sizeof(float))));
+typedef float Half __attribute__((vector_size(HALF_LANES * sizeof(float))));
 typedef double Doubles __attribute__((vector_size(HALF_LANES * sizeof(double))));
 typedef int64_t Choice __attribute__((vector_size(HALF_LANES * sizeof(double))));
 
+#if LANES == 16
+#define EACH_OF_HALF(of) of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7)
+#elif LANES == 8
+#define EACH_OF_HALF(of) of(0), of(1), of(2), of(3)
+#else
+#define EACH_OF_HALF(of) of(0), of(1)
+#endif
+
 /* Said by element: of a conversion of vectors GCC 12 makes two, and joins them. */
-INLINED Doubles doubles_of(Eight v) {
-    return (Doubles){v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]};
+INLINED Doubles doubles_of(Half v) {
+#define ELEMENT(i) v[i]
+    return (Doubles){EACH_OF_HALF(ELEMENT)};
+#undef ELEMENT
 }
 
-INLINED Doubles widened_eight(const float *data) {
-    Eight values;
+INLINED Doubles widened_half(const float *data) {
+    Half values;
     memcpy(&values, data, sizeof values);
     return doubles_of(values);
 }
@@ -39,26 +49,33 @@ typedef struct {
 } Total;
 
 #if defined(__clang__) || __GNUC__ >= 12
-#define EIGHT(values, from)                                                               \
-    __builtin_shufflevector(values, values, from, (from) + 1, (from) + 2, (from) + 3,     \
-                            (from) + 4, (from) + 5, (from) + 6, (from) + 7)
+#define AT(i) (i)
+#define AFTER(i) HALF_LANES + (i)
+#define LOW(values) __builtin_shufflevector(values, values, EACH_OF_HALF(AT))
+#define HIGH(values) __builtin_shufflevector(values, values, EACH_OF_HALF(AFTER))
 #else
-#define EIGHT(values, from) eight_of(values, from)
-INLINED Eight eight_of(Floats values, int from) {
-    Eight part;
+#define LOW(values) half_of(values, 0)
+#define HIGH(values) half_of(values, HALF_LANES)
+INLINED Half half_of(Floats values, int from) {
+    Half part;
     memcpy(&part, (const char *)&values + from * sizeof(float), sizeof part);
     return part;
 }
 #endif
 
 INLINED void add(Total *total, Floats values) {
-    total->low += doubles_of(EIGHT(values, 0));
-    total->high += doubles_of(EIGHT(values, HALF_LANES));
+    total->low += doubles_of(LOW(values));
+    total->high += doubles_of(HIGH(values));
 }
 
-INLINED double sum_of(Doubles eight) {
-    return eight[0] + eight[4] + (eight[2] + eight[6])
-        + (eight[1] + eight[5] + (eight[3] + eight[7]));
+INLINED double sum_of(Doubles v) {
+#if LANES == 16
+    return v[0] + v[4] + (v[2] + v[6]) + (v[1] + v[5] + (v[3] + v[7]));
+#elif LANES == 8
+    return v[0] + v[2] + (v[1] + v[3]);
+#else
+    return v[0] + v[1];
+#endif
 }
 
 #ifdef __clang__
@@ -67,8 +84,9 @@ INLINED double sum_of(Doubles eight) {
 #define MIXED(a, b, ...) __builtin_shuffle(a, b, (Choice){__VA_ARGS__})
 #endif
 
-/* Return the sums of eight vectors, by sums of neighbours: of two, of four, of eight. */
-INLINED Doubles sums_of_rows(const Doubles *rows) {
+/* Find the sums of a vector for each row, by sums of neighbours: of two, of four, of eight. */
+INLINED void sums_of_rows(const Doubles *rows, double *sums) {
+#if LANES == 16
     Doubles two[4], four[2];
     for (int i = 0; i < 4; i++)
         two[i] = MIXED(rows[2 * i], rows[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14)
@@ -76,11 +94,15 @@ INLINED Doubles sums_of_rows(const Doubles *rows) {
     for (int i = 0; i < 2; i++)
         four[i] = MIXED(two[2 * i], two[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13)
             + MIXED(two[2 * i], two[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
-    return MIXED(four[0], four[1], 0, 1, 2, 3, 8, 9, 10, 11)
+    Doubles eight = MIXED(four[0], four[1], 0, 1, 2, 3, 8, 9, 10, 11)
         + MIXED(four[0], four[1], 4, 5, 6, 7, 12, 13, 14, 15);
+    memcpy(sums, &eight, sizeof eight);
+#else
+    for (int i = 0; i < ROWS; i++) sums[i] = sum_of(rows[i]);
+#endif
 }
 
-/* The two sums of a line: in eight parts, and of what is left at its end. */
+/* The two sums of a line: in parts, and of what is left at its end. */
 typedef struct {
     Doubles first, second;
     double c, d;
@@ -94,7 +116,8 @@ INLINED void add_ends(const Ends *ends, int rows, int64_t apart, double *first, 
     }
     Doubles firsts[ROWS], seconds[ROWS];
     for (int i = 0; i < ROWS; i++) firsts[i] = ends[i].first, seconds[i] = ends[i].second;
-    Doubles a = sums_of_rows(firsts), b = sums_of_rows(seconds);
+    double a[ROWS], b[ROWS];
+    sums_of_rows(firsts, a), sums_of_rows(seconds, b);
     for (int i = 0; i < ROWS; i++)
         first[i * apart] += a[i] + ends[i].c, second[i * apart] += b[i] + ends[i].d;
 }
@@ -122,9 +145,9 @@ INLINED void add_ends(const Ends *ends, int rows, int64_t apart, double *first, 
 
 INLINED void add_moments(const float *x, int weight, const float *w, double origin,
                          Doubles *first, Doubles *second) {
-    Doubles deviation = widened_eight(x) - origin, counted = deviation;
+    Doubles deviation = widened_half(x) - origin, counted = deviation;
     if (weight) {
-        Doubles own = weight == MANY ? widened_eight(w) : (Doubles){0} + *w;
+        Doubles own = weight == MANY ? widened_half(w) : (Doubles){0} + *w;
         /* What lies under a 0 does not matter, a NaN included. */
         deviation = (Doubles)((Choice)deviation & (own != 0));
         counted = own * deviation;
@@ -165,7 +188,7 @@ INLINED Ends squares_line(const float *restrict x, int64_t n) {
 /* Fetch what comes next along some rows, n elements of which are read: short pieces of rows that are
    apart, a processor does not foresee. */
 INLINED void fetch_along(const float *x, int64_t step, int rows, int64_t n) {
-    int64_t ahead = n < FEW * LANES ? FEW * LANES : n;
+    int64_t ahead = n < FEW * IN_LINE ? FEW * IN_LINE : n;
     for (int i = 0; i < rows; i++) fetch(x + i * step + ahead, n * (int64_t)sizeof *x);
 }
 
@@ -221,15 +244,15 @@ INLINED void fetch_next(const float *block, int64_t step, int rows, Next next, i
     int is_dense = step == next.all;
     const float *data = block + next.ahead + (is_dense ? (next.from + j) * rows - next.from : j);
     for (int i = 0; next.all && i < rows; i++)
-        __builtin_prefetch(data + i * (is_dense ? LANES : step));
+        __builtin_prefetch(data + i * (is_dense ? IN_LINE : step));
 }
 
 /* `fetch(j)` goes before so many columns; `column(j)` is one. */
 #define BY_COLUMNS(n, fetch, column)                                                      \
     int64_t some = 0;                                                                     \
-    for (; some + LANES <= (n); some += LANES) {                                          \
+    for (; some + IN_LINE <= (n); some += IN_LINE) {                                      \
         fetch(some);                                                                      \
-        for (int64_t j = some; j < some + LANES; j++) column(j);                          \
+        for (int64_t j = some; j < some + IN_LINE; j++) column(j);                        \
     }                                                                                     \
     for (int64_t j = some; j < (n); j++) column(j);
 

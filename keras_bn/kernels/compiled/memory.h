@@ -10,24 +10,22 @@
 #include "nest.h"
 
 #ifdef __SSE2__
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi" /* nothing here is called from outside */
 #endif
 
-/* Compiled for several generations of processors, of which the library's loader chooses. */
-#ifndef FOR_EACH_CPU
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define HAS_CLONES
-#define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+/* Numbers in float32 that a register holds: longer vectors GCC 12 takes apart in memory. */
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
 #else
-#define FOR_EACH_CPU
-#endif
+#define LANES 4
 #endif
 
-enum { LANES = 16 };
 typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
 typedef uint32_t Bits __attribute__((vector_size(LANES * sizeof(uint32_t))));
 typedef uint16_t Shorts __attribute__((vector_size(LANES * sizeof(uint16_t))));
@@ -56,8 +54,9 @@ INLINED const float *widened(const char *data, int type, int64_t n, float *room)
     return room;
 }
 
-/* Bytes that have to be fetched ahead for memory to be there in time; those of a line of a cache. */
-enum { AHEAD = 4096, CACHE_LINE = 64 };
+/* Bytes that have to be fetched ahead for memory to be there in time; those of a line of a cache, and
+   how many numbers in float32 these are. */
+enum { AHEAD = 4096, CACHE_LINE = 64, IN_LINE = CACHE_LINE / sizeof(float) };
 
 /* Fetch some bytes, before they are read. */
 INLINED void fetch(const void *data, int64_t bytes) {
@@ -102,16 +101,9 @@ INLINED int64_t stream(char *target, const char *source, int64_t n) {
    lines of a cache, 64 bytes, go fastest. */
 INLINED void copy_past_caches(char *target, const char *source, int64_t n) {
     int64_t i = 0;
-#ifdef HAS_CLONES
-    typedef struct {
-        char bytes[64];
-    } Line;
-    if (__builtin_cpu_supports("avx512f") && (uintptr_t)target % sizeof(Line) == 0)
-        for (; i + (int64_t)sizeof(Line) <= n; i += sizeof(Line))
-            __asm__("vmovups %1, %%zmm0\n\tvmovntps %%zmm0, %0"
-                    : "=m"(*(Line *)(target + i))
-                    : "m"(*(const Line *)(source + i))
-                    : "xmm0");
+#ifdef __AVX512F__
+    for (; (uintptr_t)target % CACHE_LINE == 0 && i + CACHE_LINE <= n; i += CACHE_LINE)
+        _mm512_stream_si512((void *)(target + i), _mm512_loadu_si512(source + i));
 #endif
     if ((uintptr_t)target % 16 == 0) i += stream(target + i, source + i, n - i);
     memcpy(target + i, source + i, (size_t)(n - i));
@@ -123,15 +115,13 @@ INLINED void finish_copies(void) {
 #endif
 }
 
-/* Say whether numbers of a dtype are best taken some at a time. Without AVX-512, GCC 12 converts them
-   one by one where they are in registers, and twice as fast in loops. */
-static int is_taken(int type) {
-    int is_fast = 0;
-#ifdef HAS_CLONES
-    is_fast = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+/* Whether bfloat16 is best taken some at a time. Without AVX-512, GCC 12 converts what is in
+   registers one by one, and twice as fast in loops. */
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+enum { TAKES_BFLOAT = 1 };
+#else
+enum { TAKES_BFLOAT = 0 };
 #endif
-    return type == FLOAT || (type == BFLOAT && is_fast);
-}
 
 /* Return some numbers in float32. */
 INLINED Floats taken(const char *data, int type) {

@@ -3,7 +3,7 @@
 #ifndef KERAS_BN_MERGING_H
 #define KERAS_BN_MERGING_H
 
-#include "cells.h"
+#include "nest.h"
 
 /* Rows, one for each of a number of sets, of the parts of their moments in columns. */
 typedef struct {
@@ -23,7 +23,7 @@ INLINED void add_set(int64_t n, const float *restrict center, const float *restr
     }
 }
 
-FOR_EACH_CPU static void add_sets(void *given, int part) {
+static void add_sets(void *given, int part) {
     const Sets *sets = given;
     int64_t n = sets->columns, last = sets->number * (part + 1) / sets->parts;
     double *sums = sets->sums + part * 3 * n;

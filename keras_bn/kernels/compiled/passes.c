@@ -20,11 +20,14 @@ int keras_bn_reads_half(void) {
 #endif
 }
 
+void keras_bn_take_generation(int most) { newest = most; }
+
 int keras_bn_moments(int rank, const int64_t *dims, char *x, int type, const float *weights,
                      const float *counts, double count, int is_centered, int64_t cells, float *out,
                      int threads) {
-    Job job = {.sum = sum_moments, .finish = finish_moments, .big = {x}, .types = {type},
-               .weights = weights, .counts = counts, .count = count, .together = 1,
+    const Generation *cpu = generation();
+    Job job = {.sum = cpu->sum_moments, .finish = cpu->finish_moments, .big = {x},
+               .types = {type}, .weights = weights, .counts = counts, .count = count, .together = 1,
                .is_centered = is_centered, .center = out, .offset = out + cells,
                .m2 = out + 2 * cells};
     if (!prepare(&job, rank, dims, cells, 0, threads)) return 0;
@@ -35,8 +38,10 @@ int keras_bn_moments(int rank, const int64_t *dims, char *x, int type, const flo
 
 int keras_bn_products(int rank, const int64_t *dims, char *x, int type, char *dy, int dy_type,
                       float *center, int64_t cells, float *out, int threads) {
-    Job job = {.sum = sum_products, .finish = finish_sums, .big = {x, dy}, .types = {type, dy_type},
-               .together = 1, .center = center, .level = out, .slope = out + cells};
+    const Generation *cpu = generation();
+    Job job = {.sum = cpu->sum_products, .finish = cpu->finish_sums, .big = {x, dy},
+               .types = {type, dy_type}, .together = 1, .center = center, .level = out,
+               .slope = out + cells};
     if (!prepare(&job, rank, dims, cells, 0, threads)) return 0;
     run(&job);
     release(&job);
@@ -47,7 +52,8 @@ int keras_bn_mapped_products(int rank, const int64_t *dims, char *x, int type, c
                              int dy_type, float *center, float *scale, float *shift,
                              const float *gamma, int64_t cells, int64_t columns, float *out,
                              float *others, int threads) {
-    Job job = {.sum = sum_mapped_products, .finish = finish_sums, .big = {x, dy},
+    const Generation *cpu = generation();
+    Job job = {.sum = cpu->sum_mapped_products, .finish = cpu->finish_sums, .big = {x, dy},
                .types = {type, dy_type}, .together = 1, .center = center, .scale = scale,
                .shift = shift, .gamma = gamma, .varies = 1, .level = out, .slope = out + cells};
     if (!prepare(&job, rank, dims, cells, columns, threads)) return 0;
@@ -60,9 +66,10 @@ int keras_bn_mapped_products(int rank, const int64_t *dims, char *x, int type, c
 int keras_bn_map(int rank, const int64_t *dims, char *x, int type, char *y, int y_type,
                  float *center, float *scale, float *shift, const float *gamma, const float *beta,
                  int is_training, int threads) {
-    Job job = {.map = map, .big = {x, NULL, y}, .types = {type, 0, y_type}, .center = center,
-               .slope = scale, .level = shift, .gamma = gamma, .beta = beta, .varies = gamma != 0,
-               .is_training = is_training};
+    const Generation *cpu = generation();
+    Job job = {.map = cpu->map, .big = {x, NULL, y}, .types = {type, 0, y_type},
+               .center = center, .slope = scale, .level = shift, .gamma = gamma, .beta = beta,
+               .varies = gamma != 0, .is_training = is_training};
     if (!prepare(&job, rank, dims, 0, 0, threads)) return 0;
     run(&job);
     return 1;
@@ -71,7 +78,8 @@ int keras_bn_map(int rank, const int64_t *dims, char *x, int type, char *y, int 
 int keras_bn_combined(int rank, const int64_t *dims, char *x, int type, char *dy, int dy_type,
                       char *dx, int dx_type, const float *weights, float *center, float *slope,
                       float *level, float *factor, const float *gamma, int threads) {
-    Job job = {.map = combine, .big = {x, dy, dx}, .types = {type, dy_type, dx_type},
+    const Generation *cpu = generation();
+    Job job = {.map = cpu->combine, .big = {x, dy, dx}, .types = {type, dy_type, dx_type},
                .weights = weights, .center = center, .factor = factor, .slope = slope,
                .level = level, .gamma = gamma, .varies = gamma != 0, .is_training = 1};
     if ((weights && gamma) || !prepare(&job, rank, dims, 0, 0, threads)) return 0;
@@ -85,8 +93,10 @@ int keras_bn_normalize(int rank, const int64_t *dims, char *x, int type, char *y
                        int64_t columns, float *affine, float *rest, const float *kept_mean,
                        const float *kept_variance, int64_t kept_columns, const double *limits,
                        float *correction, int is_training, int threads) {
-    Job job = {.sum = sum_moments, .finish = finish_map, .map = map, .rows = normalize_rows,
-               .big = {x, NULL, y}, .types = {type, 0, y_type}, .gamma = gamma, .beta = beta,
+    const Generation *cpu = generation();
+    Job job = {.sum = cpu->sum_moments, .finish = cpu->finish_map, .map = cpu->map,
+               .rows = cpu->normalize_rows, .big = {x, NULL, y}, .types = {type, 0, y_type},
+               .gamma = gamma, .beta = beta,
                .varies = varies, .count = count, .together = together, .epsilon = epsilon,
                .is_centered = is_centered, .center = affine, .scale = affine + cells,
                .shift = affine + 2 * cells, .offset = rest, .m2 = rest + cells,
@@ -104,8 +114,10 @@ int keras_bn_gradients(int rank, const int64_t *dims, char *x, int type, char *d
                        char *dx, int dx_type, const float *gamma, int varies, double count,
                        int64_t together, int is_centered, int64_t cells, int64_t columns,
                        float *affine, float *correction, float *d_learned, int threads) {
-    Job job = {.sum = varies ? sum_mapped_products : sum_products, .finish = finish_gradients,
-               .map = combine, .rows = differentiate_rows, .big = {x, dy, dx},
+    const Generation *cpu = generation();
+    Job job = {.sum = varies ? cpu->sum_mapped_products : cpu->sum_products,
+               .finish = cpu->finish_gradients, .map = cpu->combine,
+               .rows = cpu->differentiate_rows, .big = {x, dy, dx},
                .types = {type, dy_type, dx_type}, .gamma = gamma, .varies = varies,
                .count = count, .together = together, .is_centered = is_centered,
                .center = affine, .scale = affine + cells, .shift = affine + 2 * cells,
@@ -124,7 +136,7 @@ int keras_bn_merge(const float *center, const float *offset, const float *m2, in
     Sets sets = {center, offset, m2, number, columns, NULL, parts};
     sets.sums = calloc((size_t)(3 * columns * parts + 1), sizeof(double));
     if (!sets.sums) return 0;
-    in_parts(add_sets, &sets, parts, parts);
+    in_parts(generation()->add_sets, &sets, parts, parts);
     if (number) write_merged(&sets, count, out);
     else memset(out, 0, (size_t)(3 * columns) * sizeof(float));
     free(sets.sums);

@@ -45,11 +45,6 @@ INLINED Next next_of(const Job *job, const Piece *piece, int operand) {
     return (Next){distance_of(job, piece, operand), piece->start, is_memory ? piece->all : 0};
 }
 
-/* Return the pivot of a sum whose first element is x. */
-INLINED float pivot_of(const Job *job, float x) {
-    return job->is_centered && isfinite(x) ? x : 0;
-}
-
 INLINED void sum_piece(Job *job, const Piece *piece, int part, Pass pass, int cell, int column,
                        int weight) {
     float x_room[LINE], dy_room[LINE];
@@ -261,18 +256,18 @@ INLINED void pass_of(Job *job, int64_t from, int64_t to, int part, Pass pass, in
     else if (weight == ONE) WITH(pass, cell, ABSENT, ONE);                                \
     else WITH(pass, cell, ABSENT, MANY)
 
-FOR_EACH_CPU static void sum_moments(Job *job, int64_t from, int64_t to, int part) {
+static void sum_moments(Job *job, int64_t from, int64_t to, int part) {
     int weight = along_line(job, WEIGHT, job->weights);
     if (along_line(job, CELL, job->center) == ONE) { BY_WEIGHT(MOMENTS, ONE); }
     else { BY_WEIGHT(MOMENTS, MANY); }
 }
 
-FOR_EACH_CPU static void sum_products(Job *job, int64_t from, int64_t to, int part) {
+static void sum_products(Job *job, int64_t from, int64_t to, int part) {
     if (along_line(job, CELL, job->center) == ONE) WITH(PRODUCTS, ONE, ABSENT, ABSENT);
     else WITH(PRODUCTS, MANY, ABSENT, ABSENT);
 }
 
-FOR_EACH_CPU static void sum_mapped_products(Job *job, int64_t from, int64_t to, int part) {
+static void sum_mapped_products(Job *job, int64_t from, int64_t to, int part) {
     int is_one = along_line(job, COLUMN, job->gamma) == ONE;
     if (along_line(job, CELL, job->center) == ONE) {
         if (is_one) WITH(MAPPED_PRODUCTS, ONE, ONE, ABSENT);
@@ -283,13 +278,13 @@ FOR_EACH_CPU static void sum_mapped_products(Job *job, int64_t from, int64_t to,
     }
 }
 
-FOR_EACH_CPU static void map(Job *job, int64_t from, int64_t to, int part) {
+static void map(Job *job, int64_t from, int64_t to, int part) {
     int column = job->varies ? along_line(job, COLUMN, job->gamma) : ABSENT;
     if (along_line(job, CELL, job->center) == ONE) { BY_COLUMN(MAP, ONE); }
     else { BY_COLUMN(MAP, MANY); }
 }
 
-FOR_EACH_CPU static void combine(Job *job, int64_t from, int64_t to, int part) {
+static void combine(Job *job, int64_t from, int64_t to, int part) {
     int is_one = along_line(job, CELL, job->center) == ONE;
     int column = job->varies ? along_line(job, COLUMN, job->gamma) : ABSENT;
     int weight = along_line(job, WEIGHT, job->weights);

@@ -6,25 +6,6 @@
 
 #include "cells.h"
 
-/* Say whether each line, in one piece, is all of its cell: then its pivot is found on the way. */
-static int are_lines_alone(const Job *job) {
-    int64_t lines = 1, length = job->nest.size[job->nest.rank - 1];
-    for (int i = 0; i < job->nest.rank - 1; i++) lines *= job->nest.size[i];
-    return lines == job->all && length <= LINE && !job->weights
-        && !job->nest.stride[CELL][job->nest.rank - 1];
-}
-
-/* Say whether sets are lines, with cells side by side from line to line. What is learned is of sets,
-   or it varies along the lines, and those of a block share it where there are gradients. */
-static int are_rows(const Job *job) {
-    const Nest *nest = &job->nest;
-    int lines = nest->rank - 2, is_shared = !nest->stride[COLUMN][lines];
-    int is_along = along_line(job, COLUMN, job->gamma) == MANY;
-    int varies_so = is_along && (is_shared || !job->columns.sums);
-    return are_lines_alone(job) && job->together == 1 && !job->kept_mean
-        && nest->stride[CELL][lines] == 1 && (!job->varies || varies_so);
-}
-
 /* Normalize a line; `at` is where its operands are. */
 INLINED void normalize_line(Job *job, const int64_t *at, const float *x, char *y, int64_t n,
                             double share, int is_centered, int column) {
@@ -74,8 +55,8 @@ INLINED int find_maps(Job *job, const float *x, int64_t step, int64_t n, int64_t
     return !job->is_far;
 }
 
-/* Normalize lines. Of several what becomes of the sums is found together, and the results are narrowed
-   together, or each line would wait for its own. */
+/* Normalize lines. Of several what becomes of the sums is found together, and the results are
+   narrowed together, or each line would wait for its own. */
 INLINED void normalize_lines(Job *job, const Piece *lines, double share, int is_centered,
                              int column) {
     float room[LINE];
@@ -114,7 +95,7 @@ INLINED void normalize_by_rows(Job *job, int64_t first, int64_t last, int is_cen
     double share = 1 / job->count;
     /* Wide results of longer lines go line by line: so a processor reads the next while it writes
        this one. */
-    int is_block = n <= (job->types[Y] == FLOAT ? FEW * LANES : SHORT);
+    int is_block = n <= (job->types[Y] == FLOAT ? FEW * IN_LINE : SHORT);
     for (Block block = before(walk_of(&job->nest, first, last)); next_block(&block, is_block);) {
         Piece several = piece_of(&block, ROWS, n), one = piece_of(&block, 1, n);
         if (block.rows == ROWS) normalize_lines(job, &several, share, is_centered, column);
@@ -183,7 +164,7 @@ INLINED void differentiate_by_rows(Job *job, int64_t first, int64_t last, int pa
     }
 }
 
-FOR_EACH_CPU static void normalize_rows(Job *job, int64_t from, int64_t to, int part) {
+static void normalize_rows(Job *job, int64_t from, int64_t to, int part) {
     (void)part;
     if (!job->is_centered && job->varies) normalize_by_rows(job, from, to, 0, MANY);
     else if (!job->is_centered) normalize_by_rows(job, from, to, 0, ABSENT);
@@ -191,7 +172,7 @@ FOR_EACH_CPU static void normalize_rows(Job *job, int64_t from, int64_t to, int 
     else normalize_by_rows(job, from, to, 1, ABSENT);
 }
 
-FOR_EACH_CPU static void differentiate_rows(Job *job, int64_t from, int64_t to, int part) {
+static void differentiate_rows(Job *job, int64_t from, int64_t to, int part) {
     if (job->varies) differentiate_by_rows(job, from, to, part, MAPPED_PRODUCTS, MANY);
     else differentiate_by_rows(job, from, to, part, PRODUCTS, ABSENT);
 }

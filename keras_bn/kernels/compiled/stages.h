@@ -4,8 +4,35 @@
 #ifndef KERAS_BN_STAGES_H
 #define KERAS_BN_STAGES_H
 
-#include "cells.h"
-#include "rows.h"
+#include "prepare.h"
+
+/* Add what the other parts have to the sums of some cells. */
+static void join_parts(Job *job, const Sums *sums, int64_t from, int64_t to) {
+    for (int part = 1; sums->copy && part < job->parts; part++)
+        for (int half = 0; half < 2; half++) {
+            double *own = sums->sums + half * sums->number, *others = own + part * sums->copy;
+            for (int64_t i = from; i < to; i++) own[i] += others[i];
+        }
+}
+
+/* Say whether each line, in one piece, is all of its cell: then its pivot is found on the way. */
+static int are_lines_alone(const Job *job) {
+    int64_t lines = 1, length = job->nest.size[job->nest.rank - 1];
+    for (int i = 0; i < job->nest.rank - 1; i++) lines *= job->nest.size[i];
+    return lines == job->all && length <= LINE && !job->weights
+        && !job->nest.stride[CELL][job->nest.rank - 1];
+}
+
+/* Say whether sets are lines, with cells side by side from line to line. What is learned is of sets,
+   or it varies along the lines, and those of a block share it where there are gradients. */
+static int are_rows(const Job *job) {
+    const Nest *nest = &job->nest;
+    int lines = nest->rank - 2, is_shared = !nest->stride[COLUMN][lines];
+    int is_along = along_line(job, COLUMN, job->gamma) == MANY;
+    int varies_so = is_along && (is_shared || !job->columns.sums);
+    return are_lines_alone(job) && job->together == 1 && !job->kept_mean
+        && nest->stride[CELL][lines] == 1 && (!job->varies || varies_so);
+}
 
 /* Set the sums of some cells to 0. */
 static void clear(Job *job, int64_t from, int64_t to) {
@@ -43,7 +70,7 @@ static void sum_and_finish(Job *job, int64_t from, int64_t to, int part) {
     int is_alone = are_lines_alone(job);
     int64_t number = job->work.number;
     if (job->map) place(job, job->work.room + part * WORKS * number, first, number);
-    if (job->sum == sum_moments && !is_alone) find_pivots(job, from, to);
+    if (job->sum == generation()->sum_moments && !is_alone) find_pivots(job, from, to);
     job->cells.first = first;
     for (int times = 0; times < 2; times++) {
         job->is_far = 0;
@@ -65,7 +92,8 @@ static void all_of_part(void *shared, int part) {
         to = from + job->many < end ? from + job->many : end;
         sum_and_finish(job, from, to, part);
         if (job->columns.sums && !job->varies)
-            add_to_columns(job, from * stride, to * stride, 0, job->columns.number, part);
+            generation()->add_to_columns(job, from * stride, to * stride, 0, job->columns.number,
+                                         part);
         if (job->map) job->map(job, from, to, part);
     }
     finish_copies();
@@ -90,7 +118,7 @@ static void columns_of_part(void *given, int part) {
     Job *job = given;
     int64_t number = job->columns.number;
     int64_t from = number * part / job->parts, to = number * (part + 1) / job->parts;
-    add_to_columns(job, 0, job->all, from, to, 0);
+    generation()->add_to_columns(job, 0, job->all, from, to, 0);
 }
 
 static void rows_of_part(void *shared, int part) {
@@ -117,7 +145,7 @@ static void run(Job *job) {
         in_parts(all_of_part, job, parts, threads);
         return;
     }
-    if (job->sum == sum_moments) find_pivots(job, 0, job->nest.size[0]);
+    if (job->sum == generation()->sum_moments) find_pivots(job, 0, job->nest.size[0]);
     for (int times = 0; job->sum && times < 2; times++) {
         if (times) clear(job, 0, job->all);
         in_parts(sums_of_part, job, parts, threads);
@@ -127,6 +155,11 @@ static void run(Job *job) {
     }
     if (job->columns.sums && !job->varies) in_parts(columns_of_part, job, parts, few);
     if (job->map) in_parts(map_of_part, job, parts, threads);
+}
+
+static void write_columns(Job *job, float *out) {
+    join_parts(job, &job->columns, 0, job->columns.number);
+    for (int64_t i = 0; i < 2 * job->columns.number; i++) out[i] = (float)job->columns.sums[i];
 }
 
 #endif

@@ -1,0 +1,22 @@
+/* The passes, for the processors that the compiler has been told, under the name GENERATION. */
+
+#include "generation.h"
+#include "merging.h"
+#include "rows.h"
+
+const Generation GENERATION = {
+    .sum_moments = sum_moments,
+    .sum_products = sum_products,
+    .sum_mapped_products = sum_mapped_products,
+    .finish_moments = finish_moments,
+    .finish_sums = finish_sums,
+    .finish_map = finish_map,
+    .finish_gradients = finish_gradients,
+    .map = map,
+    .combine = combine,
+    .normalize_rows = normalize_rows,
+    .differentiate_rows = differentiate_rows,
+    .add_to_columns = add_to_columns,
+    .add_sets = add_sets,
+    .takes_bfloat = TAKES_BFLOAT,
+};

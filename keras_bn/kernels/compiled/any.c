@@ -1,0 +1,4 @@
+/* The passes for any processor. */
+
+#define GENERATION keras_bn_any
+#include "all_passes.h"
