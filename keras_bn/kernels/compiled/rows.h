@@ -39,9 +39,12 @@ INLINED void settle(Job *job, Between *between, int64_t from) {
     place(job, between->work, from, ROWS);
 }
 
-/* Find the maps of ROWS lines at once; 0 if a pivot was so far off that digits are lost. */
-INLINED int find_maps(Job *job, const float *x, int64_t step, int64_t n, int64_t from,
-                      int is_centered) {
+_Static_assert(SHORT <= EXACT, "or a pivot may be far off");
+
+/* Find the maps of ROWS lines of up to SHORT elements at once. No pivot is far off: an element lies
+   within √n standard deviations of the mean. */
+INLINED void find_maps(Job *job, const float *x, int64_t step, int64_t n, int64_t from,
+                       int is_centered) {
     Ends ends[ROWS];
     for (int i = 0; i < ROWS; i++) {
         const float *line = x + i * step;
@@ -50,9 +53,7 @@ INLINED int find_maps(Job *job, const float *x, int64_t step, int64_t n, int64_t
         ends[i] = is_centered ? moments_line(line, n, ABSENT, 0, pivot) : squares_line(line, n);
     }
     add_ends(ends, ROWS, 1, job->cells.sums, job->cells.sums + ROWS);
-    job->is_far = 0;
     job->finish(job, from, from + ROWS, 0);
-    return !job->is_far;
 }
 
 /* Normalize lines. Of several what becomes of the sums is found together, and the results are
@@ -63,21 +64,21 @@ INLINED void normalize_lines(Job *job, const Piece *lines, double share, int is_
     Rooms rooms;
     Between between;
     char *targets[ROWS], *y[ROWS];
-    int rows = lines->rows, are_found = 0;
+    int rows = lines->rows;
     int is_narrowed = !job->way.is_direct && job->types[Y] != FLOAT;
     int64_t n = lines->n, step, at[OPERANDS];
     memcpy(at, lines->at, sizeof at);
     const float *x = lines_of(job, X, lines, room, &step);
     if (rows == ROWS) {
         settle(job, &between, at[CELL]);
-        are_found = find_maps(job, x, step, n, at[CELL], is_centered);
+        find_maps(job, x, step, n, at[CELL], is_centered);
     }
     for (int i = 0; i < rows; i++, x += step) {
         int64_t cell = at[CELL];
         y[i] = targets[i] = job->big[Y] + at[Y] * WIDTH[job->types[Y]];
         if (!job->way.is_direct)
             y[i] = (char *)(line_for(job, targets[i], &rooms) + (is_narrowed ? i * SHORT : 0));
-        if (are_found)
+        if (rows == ROWS)
             map_line(job->way, y[i], (const char *)x, n, ONE, column, job->center + cell,
                      job->slope + cell, job->level + cell, job->gamma + at[COLUMN],
                      job->beta + at[COLUMN]);
