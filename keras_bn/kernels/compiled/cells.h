@@ -57,7 +57,7 @@ static void finish_moments(Job *job, int64_t from, int64_t to, int part) {
 }
 
 /* Give each cell the moments of its set, as core/moments.py merges them. */
-INLINED void merge(Job *job, int64_t from, int64_t to) {
+static void merge(Job *job, int64_t from, int64_t to) {
     int64_t number = job->together;
     for (int64_t set = from; set < to; set += number) {
         double distance = 0, m2 = 0, pivot = job->center[set];
@@ -74,10 +74,10 @@ INLINED void merge(Job *job, int64_t from, int64_t to) {
 }
 
 /* Say whether gamma and beta belong to cells. */
-INLINED int is_composed(const Job *job) { return job->gamma && !job->varies; }
+static int is_composed(const Job *job) { return job->gamma && !job->varies; }
 
 /* Return how many cells there are until so many columns begin again. */
-INLINED int64_t cells_to_wrap(int64_t columns, int64_t i, int64_t to) {
+static int64_t cells_to_wrap(int64_t columns, int64_t i, int64_t to) {
     int64_t ahead = columns - i % columns;
     return ahead < to - i ? ahead : to - i;
 }
@@ -137,7 +137,7 @@ static void finish_map(Job *job, int64_t from, int64_t to, int part) {
 }
 
 /* Keep the sums of cells as levels and slopes. */
-INLINED void finish_sums(Job *job, int64_t from, int64_t to, int part) {
+static void finish_sums(Job *job, int64_t from, int64_t to, int part) {
     (void)part;
     const double *first = job->cells.sums - job->cells.first, *second = first + job->cells.number;
     for (int64_t i = from; i < to; i++)
@@ -146,7 +146,7 @@ INLINED void finish_sums(Job *job, int64_t from, int64_t to, int part) {
 
 /* Turn Σ dy and Σ dy·(x - center) into Σ dy·z, and both into Σ g·dy and Σ g·dy·z, where g is
    gamma·r. */
-INLINED void weigh(Job *job, int64_t from, int64_t to) {
+static void weigh(Job *job, int64_t from, int64_t to) {
     const float *restrict scale = job->scale, *restrict shift = job->shift;
     float *restrict slope = job->slope, *restrict level = job->level;
     float *restrict factor = job->factor;
@@ -164,7 +164,7 @@ INLINED void weigh(Job *job, int64_t from, int64_t to) {
 }
 
 /* Give each cell the sums of its set. */
-INLINED void share(Job *job, int64_t from, int64_t to) {
+static void share(Job *job, int64_t from, int64_t to) {
     for (int64_t set = from; set < to; set += job->together) {
         double first = 0, second = 0;
         for (int64_t i = set; i < set + job->together; i++)
