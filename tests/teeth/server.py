@@ -1,8 +1,8 @@
 """Runs pytest again and again in one process, which has imported Keras and its backend once.
 
-A request is a line of JSON, {"folder": ..., "tests": [...], "kernels": ...}: run these tests of the
-copy of the package that the folder holds, with these kernels. The answer is a line, the failed
-tests with their last line.
+A request is a line of JSON, {"folder": ..., "choices": [...], "kernels": ...}: run these choices of
+tests, each with options of pytest, of the copy of the package that the folder holds, with these
+kernels. The answer is a line, the failed tests with their last line.
 """
 
 import importlib
@@ -34,8 +34,8 @@ class Failures:
             self.found.setdefault(report.nodeid, (errors or lines)[0][:200])
 
 
-def run(folder: str, tests: list[str], kernels: str) -> dict[str, str]:
-    """Run the tests in a folder until one fails; return what failed."""
+def run(folder: str, choices: list[list[str]], kernels: str) -> dict[str, str]:
+    """Run each choice of tests in a folder until one fails; return what failed."""
     os.environ["KERAS_BN_KERNELS"] = kernels
     operations = sys.modules.get("keras_bn.kernels.torch.operations")
     if operations is not None:  # PyTorch would warn that others take their place
@@ -48,9 +48,10 @@ def run(folder: str, tests: list[str], kernels: str) -> dict[str, str]:
     importlib.invalidate_caches()
     failures = Failures()
     options = ["--exitfirst", "--quiet", "-p", "no:cacheprovider", f"--rootdir={folder}"]
-    code = pytest.main([*options, *tests], plugins=[failures])
-    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-        raise RuntimeError(f"pytest ended with {code!r}: {failures.found}")
+    for tests in choices:
+        code = pytest.main([*options, *tests], plugins=[failures])
+        if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            raise RuntimeError(f"pytest ended with {code!r}: {failures.found}")
     return failures.found
 
 
