@@ -6,20 +6,20 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+LIMIT = 600  # of a program, on a machine that is slow or busy with other things [s]
 
 
-def run(program: str, *arguments: object, backend: str, limit: float, **environment: str) -> str:
+def run(program: str, *arguments: object, backend: str, **environment: str) -> str:
     """Run a Python program of this repository and return what it printed.
 
     Args:
         program: Its path from the root of the repository.
         *arguments: For its command line.
         backend: KERAS_BACKEND.
-        limit: After this time it is ended [s].
         **environment: More environment variables.
 
     Raises:
-        AssertionError: It failed or ran out of time; says what it printed.
+        AssertionError: It failed, or took more than `LIMIT`; says what it printed.
     """
     settings = {"KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
     process = subprocess.Popen(
@@ -31,11 +31,11 @@ def run(program: str, *arguments: object, backend: str, limit: float, **environm
         start_new_session=True,  # so that the processes it starts can be ended with it
     )
     try:
-        output, _ = process.communicate(timeout=limit)
+        output, _ = process.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired as timeout:
         os.killpg(process.pid, 9)
         output, _ = process.communicate()
-        raise AssertionError(f"{program} took more than {limit} s:\n{output}") from timeout
+        raise AssertionError(f"{program} took more than {LIMIT} s:\n{output}") from timeout
     if process.returncode:
         raise AssertionError(f"{program} failed ({process.returncode}):\n{output}")
     return output

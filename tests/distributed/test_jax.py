@@ -61,7 +61,7 @@ def printed(tmp_path_factory):
             if not file.exists():
                 path = f"tests/distributed/{program}.py"
                 settings = THREADS | {"XLA_FLAGS": flags}
-                file.write_text(run(path, backend="jax", limit=180, **settings))
+                file.write_text(run(path, backend="jax", **settings))
         return json.loads(file.read_text().splitlines()[-1])
 
     return found

@@ -19,7 +19,6 @@ import tensorflow as tf
 
 from tests.distributed import tensorflow_replicas as replicas
 
-LIMIT = 300  # of a program, on a machine that is busy with other things [s]
 TRAINED = 5e-5  # between weights after several steps
 MOMENTS = ("moving_mean", "moving_variance")
 ENDED = 30  # in which an error must come [s]
@@ -34,7 +33,7 @@ def mirrored(tmp_path_factory):
 
     def run(path):
         program = "tests/distributed/tensorflow_mirrored.py"
-        launching.run(program, path, backend="tensorflow", limit=LIMIT)
+        launching.run(program, path, backend="tensorflow")
 
     return once(tmp_path_factory, "mirrored", run)
 
@@ -45,7 +44,7 @@ def workers(factory, task):
     def run(path):
         program = "tests/distributed/tensorflow_workers.py"
         folder = factory.mktemp(task)
-        launching.run(program, task, folder, backend="tensorflow", limit=LIMIT)
+        launching.run(program, task, folder, backend="tensorflow")
         files = [folder / f"{index}.pickle" for index in range(2)]
         found = [pickle.loads(f.read_bytes()) if f.exists() else None for f in files]
         path.write_bytes(pickle.dumps(found))

@@ -29,7 +29,7 @@ each_pair = pytest.mark.parametrize("case", PAIRS)
 def printed(program, *arguments):
     """Return what a program beside this file found."""
     path = f"tests/distributed/{program}.py"
-    output = run(path, *arguments, backend="torch", limit=150, OMP_NUM_THREADS="1")
+    output = run(path, *arguments, backend="torch", OMP_NUM_THREADS="1")
     return json.loads(next(line for line in output.splitlines() if line.startswith("{")))
 
 

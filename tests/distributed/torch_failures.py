@@ -112,7 +112,7 @@ def main() -> None:
             ]
         for process in processes:
             process.start()
-        results = [found.get(timeout=60) for _ in CASES]
+        results = [found.get(timeout=300) for _ in CASES]
         for process in processes:
             process.kill()
             process.join()
