@@ -244,6 +244,9 @@ LAYOUTS = [
     *named("scaling", "scaling-two-axes", "scaling-inverse"),
 ]
 
+# One row per layer and set of options, whatever their values and the shape.
+FILED = list({(case.layer, *sorted(case.options)): case for case in reversed(CASES)}.values())
+
 
 @dataclass(frozen=True)
 class MaskForm:

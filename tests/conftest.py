@@ -1,5 +1,7 @@
 """One backend per process, chosen by KERAS_BACKEND; every test starts from the same state."""
 
+import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ from keras import ops
 from tests.oracle import Arrays, weights_by_name
 
 BACKEND = keras.backend.backend()
+BACKENDS = ("tensorflow", "jax", "torch")
 
 
 # torch 2.13: what torch.compile itself does when it traces a model.
@@ -26,6 +29,32 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--in-turn", action="store_true", help="the rows of a test on one backend each"
+    )
+
+
+# What is of one backend alone: these files and folders, and rows that name a mode.
+OWN = {"kernels", "distributed", "cross_backend", "test_teeth.py", "how", "mode"}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out, if told so, the rows of a test that another backend runs; never the first one."""
+    if not config.getoption("--in-turn"):
+        return
+    turn = BACKENDS.index(BACKEND)
+    chosen, left, rows = [], [], Counter[tuple[str, str]]()
+    for item in items:
+        test = (str(item.path), item.name.partition("[")[0])
+        row, rows[test] = rows[test], rows[test] + 1
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        is_own = OWN & {*item.path.relative_to(config.rootpath / "tests").parts, *parameters}
+        (chosen if is_own or row == 0 or row % len(BACKENDS) == turn else left).append(item)
+    items[:] = chosen
+    config.hook.pytest_deselected(items=left)
+
+
 @pytest.fixture(autouse=True)
 def fresh_state() -> Iterator[None]:
     """Seed, number layers from 0, and take back what a test does to the dtype policy."""
@@ -34,6 +63,29 @@ def fresh_state() -> Iterator[None]:
     policy = keras.config.dtype_policy()
     yield
     keras.config.set_dtype_policy(policy)
+
+
+@pytest.fixture(autouse=True)
+def quick_compiler(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let JAX compile quickly what runs once, which is all but the tests of kernels."""
+    with compiling_for_speed("kernels" in request.path.parts):
+        yield
+
+
+@contextlib.contextmanager
+def compiling_for_speed(wanted: bool) -> Iterator[None]:
+    """Say whether JAX takes its time to make code faster: twice as long as without."""
+    if BACKEND != "jax":
+        yield
+        return
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", not wanted)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
@@ -61,14 +113,14 @@ class Result(NamedTuple):
 def run() -> Callable[..., Result]:
     """Return `run(layer, x, dy=None, how=..., **call)`, a call with its gradients.
 
-    `how` is "eager", "graph" (TensorFlow), "compiled" (XLA, jax.jit, torch.compile) or "traced"
-    (the graphs of torch.compile, one operation after the other).
+    `how` is "eager", "graph" (TensorFlow), "compiled" (XLA, jax.jit, torch.compile), "traced"
+    (the graphs of torch.compile, one operation after the other) or `USUAL`.
     """
     return _run
 
 
 # Eager JAX compiles each operation for each shape by itself: ten times as slow here.
-USUAL = "compiled" if BACKEND == "jax" else "eager"
+USUAL = "quickly compiled" if BACKEND == "jax" else "eager"
 
 
 def _run(layer: Any, x: Any, dy: Any = None, how: str = USUAL, **call: Any) -> Result:
@@ -128,7 +180,8 @@ def _jax(layer, x, dy, how, call):
         return y, state, pullback(dy)
 
     step = step if how == "eager" else jax.jit(step)
-    y, state, (dx, gradients) = step(x, [v.value for v in layer.trainable_variables])
+    with compiling_for_speed(how == "compiled"):
+        y, state, (dx, gradients) = step(x, [v.value for v in layer.trainable_variables])
     for variable, value in zip(layer.non_trainable_variables, state, strict=True):
         variable.assign(value)
     return y, dx, gradients

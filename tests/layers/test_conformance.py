@@ -10,6 +10,7 @@ from keras import ops
 
 from tests.cases import (
     CASES,
+    FILED,
     HALF,
     IMAGE,
     LAYOUTS,
@@ -30,6 +31,7 @@ BACKEND = keras.backend.backend()
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 every_path = pytest.mark.parametrize("case", PATHS, ids=lambda case: case.name)
+every_filed = pytest.mark.parametrize("case", FILED, ids=lambda case: case.name)
 every_layout = pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)
 MODES = ["eager", "graph", "compiled"] if BACKEND == "tensorflow" else ["eager", "compiled"]
 every_mode = pytest.mark.parametrize("how", MODES)
@@ -71,7 +73,7 @@ def test_build_and_call_change_no_option(case):
     assert (layer.built, layer.get_config()) == (True, before)
 
 
-@every_case
+@every_filed
 def test_keras_file_holds_the_layer(case, tmp_path):
     model = model_of(case)
     model.save(tmp_path / "model.keras")
@@ -81,7 +83,7 @@ def test_keras_file_holds_the_layer(case, tmp_path):
     assert_same_weights(model, again)
 
 
-@every_case
+@every_layout
 def test_weights_file_holds_the_weights(case, tmp_path):
     model = model_of(case)
     model.save_weights(tmp_path / "model.weights.h5")
@@ -90,7 +92,7 @@ def test_weights_file_holds_the_weights(case, tmp_path):
     assert_same_weights(model, again)
 
 
-@every_case
+@every_layout
 def test_clone_has_the_config_and_its_own_weights(case):
     model = model_of(case)
     clone = keras.models.clone_model(model)
@@ -104,7 +106,7 @@ def test_clone_has_the_config_and_its_own_weights(case):
 # Shapes.
 
 
-@every_case
+@every_layout
 def test_output_shape_is_the_inputs(case):
     layer, x = case.make(), case.x()
     assert layer.compute_output_shape(case.shape) == case.shape
@@ -118,7 +120,7 @@ def test_symbolic_call_knows_shape_and_dtype(case):
     assert (tuple(y.shape), y.dtype) == (unknown, "bfloat16")
 
 
-@every_case
+@every_layout
 def test_symbolic_call_changes_no_weight(case):
     layer = case.built()
     before = layer.get_weights()
@@ -161,12 +163,20 @@ def _traced(model, shape):
 # Values, gradients and statistics, against the float64 oracle.
 
 
-@every_case
-@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-def test_call_gives_the_formula(case, training, run):
+def assert_formula(case, run, **call):
     layer, x, dy = case.built(), case.x(), draw(case.shape, 1, 0, 1)
-    wanted = expected(layer, weights_by_name(layer), x, dy, training=training)
-    assert_agrees(run(layer, x, dy, training=training), wanted, dy)
+    wanted = expected(layer, weights_by_name(layer), x, dy, **call)
+    assert_agrees(run(layer, x, dy, **call), wanted, dy)
+
+
+@every_case
+def test_training_gives_the_formula(case, run):
+    assert_formula(case, run, training=True)
+
+
+@every_layout
+def test_inference_gives_the_formula(case, run):
+    assert_formula(case, run, training=False)
 
 
 @every_path
@@ -205,7 +215,7 @@ def test_mask_is_the_count(case, form, run):
     assert_agrees(run(layer, x, dy, training=True, mask=mask), wanted, dy)
 
 
-@every_case
+@every_layout
 def test_frozen_layer_is_in_inference(case):
     layer, x = case.built(), case.x()
     wanted, before = ops.convert_to_numpy(layer(x, training=False)), layer.get_weights()
@@ -252,7 +262,7 @@ def test_float64_policy_is_float64_throughout(case, run):
     assert_agrees(found, wanted, dy, "float64")
 
 
-@every_case
+@every_layout
 @pytest.mark.parametrize("policy", ["float32", *HALF])
 def test_statistics_are_kept_in_float32(case, policy):
     layer = case.built(dtype=policy)

@@ -17,7 +17,17 @@ import pytest
 from keras import ops
 
 import keras_bn
-from tests.cases import BY_NAME, CASES, MASKS, Case, assert_agrees, assert_close, draw, trained
+from tests.cases import (
+    BY_NAME,
+    CASES,
+    FILED,
+    MASKS,
+    Case,
+    assert_agrees,
+    assert_close,
+    draw,
+    trained,
+)
 from tests.oracle import expected, weights_by_name
 
 BACKEND = keras.backend.backend()
@@ -46,6 +56,9 @@ SHARED = [
     and (BACKEND == "tensorflow" or not case.options.get("synchronized"))
 ]
 every_case = pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
+every_filed = pytest.mark.parametrize(
+    "case", [case for case in SHARED if case in FILED], ids=lambda case: case.name
+)
 
 
 # Signature, config, weights.
@@ -263,20 +276,6 @@ def pair(case, **more):
     return trained(ours), trained(stock)
 
 
-@pytest.fixture
-def quick_compiler():
-    """Let XLA skip what makes code faster: half the time here, where nothing runs twice."""
-    if BACKEND != "jax":
-        yield
-        return
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize(("situation", "case"), PAIRS)
 def test_results_are_keras_unless_named(situation, case, run, request):
     if situation.policy == "float64":
@@ -359,7 +358,7 @@ def assert_same_inference(model, other, case):
 both_ways = pytest.mark.parametrize("way", [1, -1], ids=["ours-to-keras", "keras-to-ours"])
 
 
-@every_case
+@every_filed
 @both_ways
 def test_weights_file_crosses(case, way, tmp_path):
     source, target = models(case)[::way]
@@ -368,7 +367,7 @@ def test_weights_file_crosses(case, way, tmp_path):
     assert_same_inference(target, source, case)
 
 
-@every_case
+@every_filed
 @both_ways
 def test_weight_lists_cross(case, way):
     source, target = models(case)[::way]
@@ -376,7 +375,7 @@ def test_weight_lists_cross(case, way):
     assert_same_inference(target, source, case)
 
 
-@every_case
+@every_filed
 @both_ways
 def test_weights_load_from_the_keras_file_of_the_other(case, way, tmp_path):
     source, target = models(case)[::way]
@@ -386,7 +385,7 @@ def test_weights_load_from_the_keras_file_of_the_other(case, way, tmp_path):
 
 
 @pytest.mark.skipif(not HAS_RENORM, reason="Keras before 3.15 does not know all our options")
-@every_case
+@every_filed
 def test_keras_file_of_ours_loads_as_keras_layers(case, tmp_path, monkeypatch):
     ours, _ = models(case)
     ours.save(tmp_path / "m.keras")
@@ -398,7 +397,7 @@ def test_keras_file_of_ours_loads_as_keras_layers(case, tmp_path, monkeypatch):
     assert_same_inference(there, ours, case)
 
 
-@every_case
+@every_filed
 def test_keras_file_of_keras_loads_as_ours(case, tmp_path):
     _, stock = models(case)
     stock.save(tmp_path / "m.keras")
@@ -410,7 +409,7 @@ def test_keras_file_of_keras_loads_as_ours(case, tmp_path):
     assert_same_inference(here, stock, case)
 
 
-@every_case
+@every_filed
 def test_clone_function_replaces_the_layers_of_keras(case):
     _, stock = models(case)
 

@@ -55,8 +55,15 @@ def dy_of(inside, wrapper):
 def test_call_gives_the_formula(inside, run):
     wrapper = inside.built()
     x, dy = inside.x(), dy_of(inside, wrapper)
-    found = run(inside.callable(wrapper), x, dy)
-    assert_agrees(found, inside, weights_by_name(wrapper), x, dy)
+    found, weights = run(inside.callable(wrapper), x, dy), weights_by_name(wrapper)
+    assert_agrees(found, inside, weights, x, dy)
+    # The gradient of v is orthogonal to v.
+    _, sizes = inside.expected(weights, x, dy)
+    for (v, _), axes in zip(inside.kernels.items(), inside.pooled, strict=True):
+        products = (weights[v] * found.gradients[v]).sum(axes)
+        assert_close(
+            products, 0 * products, np.abs(weights[v] * sizes.gradients[v]).sum(axes).max()
+        )
 
 
 @few_inside
@@ -68,20 +75,7 @@ def test_every_mode_gives_the_formula(inside, how, run):
     assert_agrees(found, inside, weights_by_name(wrapper), x, dy)
 
 
-@every_inside
-def test_gradient_of_v_is_orthogonal_to_v(inside, run):
-    wrapper = inside.built()
-    dy = dy_of(inside, wrapper)
-    found, weights = run(inside.callable(wrapper), inside.x(), dy), weights_by_name(wrapper)
-    _, sizes = inside.expected(weights, inside.x(), dy)
-    for (v, _), axes in zip(inside.kernels.items(), inside.pooled, strict=True):
-        products = (weights[v] * found.gradients[v]).sum(axes)
-        assert_close(
-            products, 0 * products, np.abs(weights[v] * sizes.gradients[v]).sum(axes).max()
-        )
-
-
-@every_inside
+@few_inside
 def test_wrapped_layer_starts_as_the_plain_one(inside):
     wrapper = inside.make()
     wrapper.build(inside.shape)
@@ -525,7 +519,7 @@ def weights_in_use(wrapper):
 
 
 @with_bias
-def test_first_batch_has_mean_0_and_variance_1(inside, run):
+def test_first_batch_sets_where_g_and_bias_start(inside, run):
     wrapper, x = starting(inside), inside.x()
     before = weights_in_use(wrapper)
     wanted = before | inside.started(before, x)
@@ -538,13 +532,6 @@ def test_first_batch_has_mean_0_and_variance_1(inside, run):
     assert_close(found.y.var(axes), np.ones(wanted["bias"].shape), sizes.y.max())
     for name, gradient in exact.gradients.items():
         assert_close(found.gradients[name], gradient, sizes.gradients[name].max())
-
-
-@with_bias
-def test_first_batch_sets_where_g_and_bias_start(inside, run):
-    wrapper, x = starting(inside), inside.x()
-    before = weights_in_use(wrapper)
-    run(wrapper, x, training=True)
     after = weights_in_use(wrapper)
     for name, value in inside.started(before, x).items():
         assert_close(after[name], value, max(np.abs(value).max(), np.abs(before[name]).max()))
