@@ -37,6 +37,18 @@ CASES = {
 }
 every_case = pytest.mark.parametrize(("shape", "axes", "varied"), CASES.values(), ids=CASES)
 
+# For operations that hand tensors to the passes, each layout, far from 0, and each dtype with some:
+# the passes by themselves see every dtype with every layout.
+SOME = ("images", "images, channels first", "rows")
+HANDED = {name: (*case, "float32", 1e4) for name, case in CASES.items()} | {
+    f"{name}, {dtype}, {mean}": (*CASES[name], dtype, mean)
+    for name in SOME
+    for dtype, mean in (("float32", 0.0), ("float16", 0.5), ("bfloat16", 0.5))
+}
+every_handed = pytest.mark.parametrize(
+    ("shape", "axes", "varied", "dtype", "mean"), HANDED.values(), ids=HANDED
+)
+
 # The same, of results too large for a cache to hold until they are read: 8 MiB in float32.
 LARGE = {
     "columns": ((16_500, 128), (0,), (1,)),

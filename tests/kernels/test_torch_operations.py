@@ -20,7 +20,7 @@ from tests.kernels.compiled_cases import (
     drawn_groups,
     drawn_to_correct,
     every_batch,
-    every_case,
+    every_handed,
     every_layer,
     every_learned,
     every_limit,
@@ -86,8 +86,7 @@ def check(x, dy, gamma, beta, axes, dtype="float32", backend="aot_eager", is_any
     compare(found, *(part.double().numpy() for part in (x, dy)), gamma, beta, axes, dtype)
 
 
-@every_case
-@pytest.mark.parametrize(("dtype", "mean"), [("float32", 1e4), ("float16", 0.5), ("bfloat16", 0.5)])
+@every_handed
 def test_normalization_and_its_gradients_are_right(shape, axes, varied, dtype, mean, called):
     x, dy, *learned = drawn(shape, axes, varied, mean, dtype)
     check(tensor(x), tensor(dy), *learned, axes, dtype)
