@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # What is of one backend alone: these files and folders, and rows that name a mode.
-OWN = {"kernels", "distributed", "cross_backend", "test_teeth.py", "how", "mode"}
+OWN = {"kernels", "distributed", "cross_backend", "test_faults.py", "how", "mode"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,0 +1,15 @@
+"""Each fault that `test_teeth.py` plants can be planted; it is not run with the whole suite."""
+
+from pathlib import Path
+
+import pytest
+
+import keras_bn
+from tests.teeth.faults import FAULTS
+
+PACKAGE = Path(keras_bn.__file__).parent
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_what_a_fault_changes_stands_in_its_file_once(fault):
+    assert (PACKAGE / fault.file).read_text().count(fault.sound) == 1
