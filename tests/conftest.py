@@ -35,8 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# What is of one backend alone: these files and folders, and rows that name a mode.
-OWN = {"kernels", "distributed", "cross_backend", "test_faults.py", "how", "mode"}
+# What is of one backend alone: its kernels, which see every mode, and what runs on replicas.
+OWN = {"kernels", "distributed", "cross_backend", "test_faults.py"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -48,8 +48,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         test = (str(item.path), item.name.partition("[")[0])
         row, rows[test] = rows[test], rows[test] + 1
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        is_own = OWN & {*item.path.relative_to(config.rootpath / "tests").parts, *parameters}
+        is_own = OWN & set(item.path.relative_to(config.rootpath / "tests").parts)
         (chosen if is_own or row == 0 or row % len(BACKENDS) == turn else left).append(item)
     items[:] = chosen
     config.hook.pytest_deselected(items=left)

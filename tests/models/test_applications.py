@@ -13,8 +13,8 @@ BACKEND = keras.backend.backend()
 DTYPE = "float64" if BACKEND == "tensorflow" else "float32"
 LEAST = {"float32": 1e-6, "float64": 1e-9}[DTYPE]
 MODELS = {
-    "ResNet50": {},
     "MobileNetV3Small": {"dropout_rate": 0.0, "include_preprocessing": False},
+    "ResNet50": {},
 }
 
 
