@@ -11,5 +11,6 @@ PACKAGE = Path(keras_bn.__file__).parent
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_what_a_fault_changes_stands_in_its_file_once(fault):
-    assert (PACKAGE / fault.file).read_text().count(fault.sound) == 1
+def test_fault_changes_its_file(fault):
+    text = (PACKAGE / fault.file).read_text()
+    assert fault.planted_in(text) != text
