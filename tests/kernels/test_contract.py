@@ -113,9 +113,8 @@ def test_error_is_within_the_bound_at_any_kappa(hard_run, fact):
 # The sum grows by the outlier's square at once, and after it by numbers near its last place.
 @pytest.mark.parametrize("mode", modes.EXTREMES)
 @pytest.mark.parametrize("rows", [4099, 524288])
-@pytest.mark.parametrize("kind", hard.OUTLIERS)
-def test_an_outlier_does_not_hide_the_rest(mode, rows, kind):
-    x = hard.channels((rows, 4), 1, kinds={kind: hard.OUTLIERS[kind]})
+def test_an_outlier_does_not_hide_the_rest(mode, rows):
+    x = hard.channels((rows, 4), 1, kinds=hard.OUTLIERS)
     exact, found = run(x, 1, mode=mode)
     assert hard.share(found.variance - exact.variance, hard.variance_bound(exact, U)) <= 1
 
