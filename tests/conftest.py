@@ -1,7 +1,6 @@
 """One backend per process, chosen by KERAS_BACKEND; every test starts from the same state."""
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +12,6 @@ from keras import ops
 from tests.oracle import Arrays, weights_by_name
 
 BACKEND = keras.backend.backend()
-BACKENDS = ("tensorflow", "jax", "torch")
 
 
 # torch 2.13: what torch.compile itself does when it traces a model.
@@ -29,31 +27,6 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--in-turn", action="store_true", help="the rows of a test on one backend each"
-    )
-
-
-# What is of one backend alone: its kernels, which see every mode, and what runs on replicas.
-OWN = {"kernels", "distributed", "cross_backend", "test_faults.py"}
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out, if told so, the rows of a test that another backend runs; never the first one."""
-    if not config.getoption("--in-turn"):
-        return
-    turn = BACKENDS.index(BACKEND)
-    chosen, left, rows = [], [], Counter[tuple[str, str]]()
-    for item in items:
-        test = (str(item.path), item.name.partition("[")[0])
-        row, rows[test] = rows[test], rows[test] + 1
-        is_own = OWN & set(item.path.relative_to(config.rootpath / "tests").parts)
-        (chosen if is_own or row == 0 or row % len(BACKENDS) == turn else left).append(item)
-    items[:] = chosen
-    config.hook.pytest_deselected(items=left)
-
-
 @pytest.fixture(autouse=True)
 def fresh_state() -> Iterator[None]:
     """Seed, number layers from 0, and take back what a test does to the dtype policy."""
@@ -64,27 +37,26 @@ def fresh_state() -> Iterator[None]:
     keras.config.set_dtype_policy(policy)
 
 
-@pytest.fixture(autouse=True)
-def quick_compiler(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Let JAX compile quickly what runs once, which is all but the tests of kernels."""
-    with compiling_for_speed("kernels" in request.path.parts):
-        yield
-
-
 @contextlib.contextmanager
-def compiling_for_speed(wanted: bool) -> Iterator[None]:
-    """Say whether JAX takes its time to make code faster: twice as long as without."""
+def compiling_quickly() -> Iterator[None]:
+    """Halve the time that JAX takes to compile; the results are the same to rounding."""
     if BACKEND != "jax":
         yield
         return
     import jax
 
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", not wanted)
+    jax.config.update("jax_disable_most_optimizations", True)
     try:
         yield
     finally:
-        jax.config.update("jax_disable_most_optimizations", before)
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def quick_compiler() -> Iterator[None]:
+    """Let JAX skip what makes code faster, where nothing runs twice."""
+    with compiling_quickly():
+        yield
 
 
 @pytest.fixture
@@ -179,7 +151,7 @@ def _jax(layer, x, dy, how, call):
         return y, state, pullback(dy)
 
     step = step if how == "eager" else jax.jit(step)
-    with compiling_for_speed(how == "compiled"):
+    with compiling_quickly() if how == USUAL else contextlib.nullcontext():
         y, state, (dx, gradients) = step(x, [v.value for v in layer.trainable_variables])
     for variable, value in zip(layer.non_trainable_variables, state, strict=True):
         variable.assign(value)

@@ -4,18 +4,20 @@ Keras chooses its backend when it is imported, so each backend needs a process o
 the cross-backend files start such processes themselves and run when all three are asked for.
 What is not listed below (`-k moments`, `tests/core`, `-x`) goes to pytest.
 
-The whole suite, on all three backends, takes the rows of a test in turn (each row runs on one of
-them, the first on all) and plants no faults. What is asked for by name, or on fewer backends, runs
-with every row.
+The whole suite, on all three backends, plants no faults and takes in turn the rows of tests that
+ask the same of each (`left_out`). What is asked for by name, or on fewer backends, runs with every
+row.
 """
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
@@ -23,6 +25,15 @@ from xml.etree import ElementTree
 BACKENDS = ("tensorflow", "jax", "torch")
 CROSS_BACKEND = "tests/cross_backend"
 PLANTED = "tests/test_teeth.py"
+# These ask the same of each backend.
+SHARED = (
+    "tests/core",
+    "tests/layers",
+    "tests/models",
+    "tests/kernels/test_reference.py",
+    "tests/test_fuzz.py",
+)
+MODE = re.compile(r"\b(eager|graph|compiled?|jit|xla|traced)\b")
 NO_TESTS_COLLECTED = 5  # pytest's exit code; under `-k` one backend alone may have nothing to run
 
 # Two workers with a thread pool each would fight for the cores; the environment may say otherwise.
@@ -67,6 +78,53 @@ def count_outcomes(report: Path) -> Counter[str]:
     )
 
 
+def collect(backend: str) -> list[str]:
+    """Return the tests that ask the same of each backend, row by row, as this one has them.
+
+    An error is left to the run itself, which shows it.
+    """
+    command = [sys.executable, "-m", "pytest", "--collect-only", "--quiet", *SHARED]
+    environment = DEFAULTS | os.environ | {"KERAS_BACKEND": backend}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+def left_out(rows: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Return what each backend leaves to another one.
+
+    Of the backends that have a row one runs it, in turn; the first row of each test in each mode
+    runs on all.
+    """
+    holders: dict[str, list[str]] = {}
+    first: dict[tuple[str, ...], str] = {}
+    for backend, own in rows.items():
+        for row in own:
+            holders.setdefault(row, []).append(backend)
+            first.setdefault((backend, *test_and_mode(row)), row)
+    found: dict[str, list[str]] = {backend: [] for backend in rows}
+    for turn, (row, backends) in enumerate(holders.items()):
+        for backend in set(backends) - {backends[turn % len(backends)]}:
+            if first[backend, *test_and_mode(row)] != row:
+                found[backend].append(row)
+    return found
+
+
+def test_and_mode(row: str) -> list[str]:
+    """Return what a row is a case of."""
+    test, _, values = row.partition("[")
+    return [test, *MODE.findall(values)]
+
+
+def in_turn(backends: list[str]) -> dict[str, list[str]]:
+    """Return pytest's arguments for the part of each backend in the whole suite."""
+    with ThreadPoolExecutor(2) as pool:
+        left = left_out(dict(zip(backends, pool.map(collect, backends), strict=True)))
+    return {
+        backend: [f"--ignore={PLANTED}", *(f"--deselect={row}" for row in rows)]
+        for backend, rows in left.items()
+    }
+
+
 def plan(backends: list[str], arguments: list[str]) -> dict[str, tuple[str, list[str]]]:
     """Name each run, with its backend and pytest's arguments; a path given replaces the default."""
     paths = [argument for argument in arguments if argument.startswith("tests")]
@@ -74,8 +132,8 @@ def plan(backends: list[str], arguments: list[str]) -> dict[str, tuple[str, list
     runs = {}
     if not paths or not all(crossing):
         is_whole = not arguments and set(backends) == set(BACKENDS)
-        options = ["--in-turn", f"--ignore={PLANTED}"] if is_whole else arguments
-        runs = {name: (name, [f"--ignore={CROSS_BACKEND}", *options]) for name in backends}
+        options = in_turn(backends) if is_whole else dict.fromkeys(backends, arguments)
+        runs = {name: (name, [f"--ignore={CROSS_BACKEND}", *options[name]]) for name in backends}
     if all(crossing) and set(backends) == set(BACKENDS) and Path(CROSS_BACKEND).is_dir():
         runs["cross-backend"] = (backends[0], ["-o", f"testpaths={CROSS_BACKEND}", *arguments])
     return runs

@@ -2,14 +2,11 @@
 
 import os
 
-import keras
 import pytest
 
 from tests.fuzzing.cases import judge
 
-# JAX compiles each of them anew.
-COUNT = 100 if keras.backend.backend() == "jax" else 300
-SEEDS = range(int(os.environ.get("FUZZ_CASES", COUNT)))
+SEEDS = range(int(os.environ.get("FUZZ_CASES", "300")))
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -82,8 +82,8 @@ def largest_share(found: Any, arguments: Given, kept: int, weights: Any = None) 
 def _runs() -> Iterator[Any]:
     for name in IMPLEMENTATIONS:
         for mode in modes.MODES if name != "generic" else modes.EXTREMES:
-            # torch.compile takes seconds for each shape, and so does JAX.
-            for case in ("conv",) if mode.startswith("compile") or name == "generic" else CASES:
+            # torch.compile takes seconds for each shape.
+            for case in ("conv",) if mode.startswith("compile") else CASES:
                 yield pytest.param(name, mode, case, id=f"{name}-{mode}-{case}")
 
 

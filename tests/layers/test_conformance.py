@@ -83,7 +83,7 @@ def test_keras_file_holds_the_layer(case, tmp_path):
     assert_same_weights(model, again)
 
 
-@every_layout
+@every_filed
 def test_weights_file_holds_the_weights(case, tmp_path):
     model = model_of(case)
     model.save_weights(tmp_path / "model.weights.h5")
@@ -92,7 +92,7 @@ def test_weights_file_holds_the_weights(case, tmp_path):
     assert_same_weights(model, again)
 
 
-@every_layout
+@every_filed
 def test_clone_has_the_config_and_its_own_weights(case):
     model = model_of(case)
     clone = keras.models.clone_model(model)
@@ -106,7 +106,7 @@ def test_clone_has_the_config_and_its_own_weights(case):
 # Shapes.
 
 
-@every_layout
+@every_case
 def test_output_shape_is_the_inputs(case):
     layer, x = case.make(), case.x()
     assert layer.compute_output_shape(case.shape) == case.shape
@@ -120,7 +120,7 @@ def test_symbolic_call_knows_shape_and_dtype(case):
     assert (tuple(y.shape), y.dtype) == (unknown, "bfloat16")
 
 
-@every_layout
+@every_case
 def test_symbolic_call_changes_no_weight(case):
     layer = case.built()
     before = layer.get_weights()
@@ -163,20 +163,12 @@ def _traced(model, shape):
 # Values, gradients and statistics, against the float64 oracle.
 
 
-def assert_formula(case, run, **call):
-    layer, x, dy = case.built(), case.x(), draw(case.shape, 1, 0, 1)
-    wanted = expected(layer, weights_by_name(layer), x, dy, **call)
-    assert_agrees(run(layer, x, dy, **call), wanted, dy)
-
-
 @every_case
-def test_training_gives_the_formula(case, run):
-    assert_formula(case, run, training=True)
-
-
-@every_layout
-def test_inference_gives_the_formula(case, run):
-    assert_formula(case, run, training=False)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_call_gives_the_formula(case, training, run):
+    layer, x, dy = case.built(), case.x(), draw(case.shape, 1, 0, 1)
+    wanted = expected(layer, weights_by_name(layer), x, dy, training=training)
+    assert_agrees(run(layer, x, dy, training=training), wanted, dy)
 
 
 @every_path
@@ -215,7 +207,7 @@ def test_mask_is_the_count(case, form, run):
     assert_agrees(run(layer, x, dy, training=True, mask=mask), wanted, dy)
 
 
-@every_layout
+@every_case
 def test_frozen_layer_is_in_inference(case):
     layer, x = case.built(), case.x()
     wanted, before = ops.convert_to_numpy(layer(x, training=False)), layer.get_weights()

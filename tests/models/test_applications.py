@@ -43,6 +43,9 @@ class Pair:
         return self.step(self.stock, self.x * (1 + sign * np.finfo("float32").eps).astype(DTYPE))
 
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def pair(request):
     keras.config.set_dtype_policy(DTYPE)
@@ -59,10 +62,8 @@ def make_pair(name):
         rng.uniform(0.5, 2.0, v.shape).astype(v.dtype) if v.name == "moving_variance" else value
         for v, value in zip(stock.weights, stock.get_weights(), strict=True)
     ]
-    # XLA takes minutes for such a graph in TensorFlow; JAX knows no other way.
-    how = {"jit_compile": False} if BACKEND == "tensorflow" else {}
     for model in (stock, ours):
-        model.compile(keras.optimizers.SGD(0.01), "sparse_categorical_crossentropy", **how)
+        model.compile(keras.optimizers.SGD(0.01), "sparse_categorical_crossentropy")
     return Pair(stock, ours, weights, rng.normal(size=(16, 32, 32, 3)).astype("float32"))
 
 
