@@ -41,8 +41,8 @@ demo: known-KERAS_BACKEND $(STAMPS)/$(KERAS_BACKEND) $(STAMPS)/examples  ## trai
 bench: known-KERAS_BACKEND $(STAMPS)/$(KERAS_BACKEND) $(STAMPS)/examples  ## time the layers beside Keras' (KERAS_BACKEND=..., BENCH=passes)
 	KERAS_BACKEND=$(KERAS_BACKEND) TF_CPP_MIN_LOG_LEVEL=3 $(KEEP_MEMORY) $(BIN)/python benchmarks/$(BENCH).py $(ARGS)
 
-test: known-BACKENDS $(SUITE_NEEDS:%=$(STAMPS)/%)  ## run the suite (BACKENDS="jax torch", ARGS="-k moments")
-	@$(BIN)/python tests/run_suite.py --backends="$(BACKENDS)" $(ARGS)
+test: known-BACKENDS $(SUITE_NEEDS:%=$(STAMPS)/%)  ## run the suite (BACKENDS="jax torch", ARGS="-k moments", MINUTES=30)
+	@$(BIN)/python tests/run_suite.py --backends="$(BACKENDS)" $(if $(MINUTES),--minutes=$(MINUTES)) $(ARGS)
 
 # Only tests that ask something of Keras. It alone is older: the rest is what `test` has installed.
 test-oldest: ARGS ?= tests/core tests/layers tests/models

@@ -1,6 +1,8 @@
 """One backend per process, chosen by KERAS_BACKEND; every test starts from the same state."""
 
 import contextlib
+import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ import pytest
 from keras import ops
 
 from tests.oracle import Arrays, weights_by_name
+from tests.run_suite import NO_TIME, most_telling_first
 
 BACKEND = keras.backend.backend()
 
@@ -25,6 +28,23 @@ WARNINGS_OF_TORCH = [
 def pytest_configure(config: pytest.Config) -> None:
     for line in WARNINGS_OF_TORCH:
         config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "skip what has not begun by then [s since the epoch]"
+    parser.addoption("--until", type=float, default=math.inf, help=text)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("until") < math.inf:
+        order = most_telling_first([item.nodeid for item in items])
+        items[:] = [items[index] for index in order]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.time() > item.config.getoption("until"):
+        pytest.skip(NO_TIME)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Run the suite once per backend, then the cross-backend files, and print one summary.
+"""Run the cross-backend files, then the suite once per backend, and print one summary.
 
 Keras chooses its backend when it is imported, so each backend needs a process of its own;
 the cross-backend files start such processes themselves and run when all three are asked for.
@@ -6,7 +6,9 @@ What is not listed below (`-k moments`, `tests/core`, `-x`) goes to pytest.
 
 The whole suite, on all three backends, plants no faults and takes in turn the rows of tests that
 ask the same of each (`left_out`). What is asked for by name, or on fewer backends, runs with every
-row.
+row. Where time is limited (`--minutes`) each run has an equal share of what is left of it, begins
+with the first row of each test in each mode, and skips what it does not come to: "no time" in the
+summary.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -34,6 +37,7 @@ SHARED = (
     "tests/test_fuzz.py",
 )
 MODE = re.compile(r"\b(eager|graph|compiled?|jit|xla|traced)\b")
+NO_TIME = "no time is left"  # why a test was skipped
 NO_TESTS_COLLECTED = 5  # pytest's exit code; under `-k` one backend alone may have nothing to run
 
 # Two workers with a thread pool each would fight for the cores; the environment may say otherwise.
@@ -47,8 +51,9 @@ DEFAULTS = {
 PYTEST = [sys.executable, "-m", "pytest", "--quiet", "-n", "2", "--dist", "worksteal"]
 
 
-def run_pytest(name: str, backend: str, arguments: list[str]) -> Counter[str]:
+def run_pytest(name: str, backend: str, arguments: list[str], seconds: float) -> Counter[str]:
     """Run pytest in a process of its own; count its outcomes and its seconds."""
+    limit = [f"--until={time.time() + seconds}"] if seconds < inf else []
     print(f"\n== {name}", flush=True)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +61,7 @@ def run_pytest(name: str, backend: str, arguments: list[str]) -> Counter[str]:
         # Many tests compile the same programs, and so do both workers.
         shared = {"JAX_COMPILATION_CACHE_DIR": folder}
         code = subprocess.run(
-            [*PYTEST, f"--junit-xml={report}", *arguments],
+            [*PYTEST, f"--junit-xml={report}", *limit, *arguments],
             env=DEFAULTS | shared | os.environ | {"KERAS_BACKEND": backend},
             check=False,
         ).returncode
@@ -72,10 +77,12 @@ def count_outcomes(report: Path) -> Counter[str]:
     if not report.exists():
         return Counter()
     outcome = {"failure": "failed", "error": "failed", "skipped": "skipped"}
-    return Counter(
-        next((outcome[child.tag] for child in case if child.tag in outcome), "passed")
-        for case in ElementTree.parse(report).iter("testcase")
-    )
+    counts: Counter[str] = Counter()
+    for case in ElementTree.parse(report).iter("testcase"):
+        found = [child for child in case if child.tag in outcome]
+        counts[outcome[found[0].tag] if found else "passed"] += 1
+        counts["no time"] += any(child.get("message") == NO_TIME for child in found)
+    return counts
 
 
 def collect(backend: str) -> list[str]:
@@ -115,6 +122,21 @@ def test_and_mode(row: str) -> list[str]:
     return [test, *MODE.findall(values)]
 
 
+def most_telling_first(rows: list[str]) -> list[int]:
+    """Return an order in which both workers begin with the first row of each test in each mode.
+
+    pytest-xdist gives each a half of the list.
+    """
+    seen: set[tuple[str, ...]] = set()
+    groups: tuple[list[int], list[int]] = ([], [])
+    for index, row in enumerate(rows):
+        case = tuple(test_and_mode(row))
+        groups[case in seen].append(index)
+        seen.add(case)
+    halves = [(group[: len(group) // 2], group[len(group) // 2 :]) for group in groups]
+    return [index for half in zip(*halves, strict=True) for part in half for index in part]
+
+
 def in_turn(backends: list[str]) -> dict[str, list[str]]:
     """Return pytest's arguments for the part of each backend in the whole suite."""
     with ThreadPoolExecutor(2) as pool:
@@ -129,19 +151,20 @@ def plan(backends: list[str], arguments: list[str]) -> dict[str, tuple[str, list
     """Name each run, with its backend and pytest's arguments; a path given replaces the default."""
     paths = [argument for argument in arguments if argument.startswith("tests")]
     crossing = [path.startswith(CROSS_BACKEND) for path in paths]
-    runs = {}
-    if not paths or not all(crossing):
-        is_whole = not arguments and set(backends) == set(BACKENDS)
-        options = in_turn(backends) if is_whole else dict.fromkeys(backends, arguments)
-        runs = {name: (name, [f"--ignore={CROSS_BACKEND}", *options[name]]) for name in backends}
-    if all(crossing) and set(backends) == set(BACKENDS) and Path(CROSS_BACKEND).is_dir():
+    runs, has_all = {}, set(backends) == set(BACKENDS)
+    if all(crossing) and has_all and Path(CROSS_BACKEND).is_dir():
         runs["cross-backend"] = (backends[0], ["-o", f"testpaths={CROSS_BACKEND}", *arguments])
+    if not paths or not all(crossing):
+        is_whole = has_all and not arguments
+        options = in_turn(backends) if is_whole else dict.fromkeys(backends, arguments)
+        for name in backends:
+            runs[name] = (name, [f"--ignore={CROSS_BACKEND}", *options[name]])
     return runs
 
 
 def summarize(results: dict[str, Counter[str]]) -> Counter[str]:
     """Print a line per run and the total as the last line; return the total."""
-    columns = ("passed", "failed", "skipped", "seconds")
+    columns = ("passed", "failed", "skipped", "no time", "seconds")
     heading = f"keras {version('keras')}"
     print(f"\n{heading:15}" + "".join(f"{column:>9}" for column in columns))
     for name, counts in results.items():
@@ -156,13 +179,17 @@ def main() -> int:
     """Run what the command line asks for; 0 if tests ran and none failed."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--backends", default=" ".join(BACKENDS), help="default: all three")
+    parser.add_argument("--minutes", default=inf, type=float, help="then skip what is left")
     options, arguments = parser.parse_known_args()
     backends = options.backends.split()
     if unknown := set(backends) - set(BACKENDS):
         parser.error(f"backends must be among {BACKENDS}. Received: {sorted(unknown)}")
     os.chdir(Path(__file__).parents[1])
-    runs = plan(backends, arguments)
-    total = summarize({name: run_pytest(name, *run) for name, run in runs.items()})
+    end = time.monotonic() + 60 * options.minutes
+    runs, results = plan(backends, arguments), {}
+    for left, (name, run) in zip(range(len(runs), 0, -1), runs.items(), strict=True):
+        results[name] = run_pytest(name, *run, (end - time.monotonic()) / left)
+    total = summarize(results)
     return int(total["failed"] > 0 or total["passed"] == 0)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.run_suite import left_out
+from tests.run_suite import left_out, most_telling_first
 
 TESTS = ("tests/core/test_a.py::test_one", "tests/layers/test_b.py::test_two")
 COMMON = [f"{test}[{row}]" for test in TESTS for row in range(20)]
@@ -39,3 +39,13 @@ def case(row):
 def test_what_all_have_is_shared_evenly(run):
     for some in (COMMON, MODES):
         assert all(len(set(some) & rows) <= len(some) / 3 + 4 for rows in run.values())
+
+
+def test_halves_begin_with_what_tells_most():
+    rows = ROWS["tensorflow"]
+    order = [rows[index] for index in most_telling_first(rows)]
+    assert sorted(order) == sorted(rows)
+    cases = {case(row) for row in rows}
+    size = len(cases) // 2
+    half = len(rows) // 2
+    assert {case(row) for row in (*order[:size], *order[half : half + size])} == cases
