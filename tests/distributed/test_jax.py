@@ -60,7 +60,7 @@ def printed(tmp_path_factory):
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not file.exists():
                 path = f"tests/distributed/{program}.py"
-                settings = THREADS | {"XLA_FLAGS": flags}
+                settings = THREADS | {"XLA_FLAGS": f"{QUICK} {flags}"}
                 file.write_text(run(path, backend="jax", **settings))
         return json.loads(file.read_text().splitlines()[-1])
 
@@ -69,7 +69,7 @@ def printed(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def maps(printed):
-    return printed("jax_maps", f"{DEVICES.format(REPLICAS)} {QUICK}")
+    return printed("jax_maps", DEVICES.format(REPLICAS))
 
 
 @pytest.fixture(scope="session")

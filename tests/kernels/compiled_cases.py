@@ -66,9 +66,26 @@ WEIGHTS = {"rows": (700, 1), "columns": (1, 96), "elements": (700, 96)}
 every_weight = pytest.mark.parametrize("sizes", WEIGHTS.values(), ids=WEIGHTS)
 
 LIMITS = {"none": (None, None, None), "some": (None, 1.5, 0.1), "all": (0.8, 1.2, 0.3)}
+LEARNED = {"learned": True, "as it is": False}
+BATCHES = {"one": (700, 24), "ghosts": (8, 90, 24)}
 every_limit = pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
-every_learned = pytest.mark.parametrize("learned", [True, False], ids=["learned", "as it is"])
-every_batch = pytest.mark.parametrize("shape", [(700, 24), (8, 90, 24)], ids=["one", "ghosts"])
+every_learned = pytest.mark.parametrize("learned", LEARNED.values(), ids=LEARNED)
+every_batch = pytest.mark.parametrize("shape", BATCHES.values(), ids=BATCHES)
+# For operations, any two of them together.
+CORRECTED = {
+    f"{batch}-{learned}-{limits}": (BATCHES[batch], LEARNED[learned], LIMITS[limits])
+    for batch, learned, limits in (
+        ("one", "learned", "none"),
+        ("one", "as it is", "some"),
+        ("one", "learned", "all"),
+        ("ghosts", "as it is", "none"),
+        ("ghosts", "learned", "some"),
+        ("ghosts", "as it is", "all"),
+    )
+}
+every_corrected = pytest.mark.parametrize(
+    ("shape", "learned", "limits"), CORRECTED.values(), ids=CORRECTED
+)
 
 
 LAYERS = {

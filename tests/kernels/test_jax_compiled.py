@@ -19,10 +19,8 @@ from tests.kernels.compiled_cases import (
     drawn,
     drawn_groups,
     drawn_to_correct,
-    every_batch,
+    every_corrected,
     every_handed,
-    every_learned,
-    every_limit,
     every_weight,
 )
 
@@ -163,9 +161,7 @@ def test_derivatives_are_those_of_the_plain_kernels(mode, name, derivative, in_p
     assert np.allclose(found, wanted, rtol=1e-4, atol=2e-5 * scale)
 
 
-@every_limit
-@every_learned
-@every_batch
+@every_corrected
 def test_sets_are_corrected_as_the_core_corrects_them(shape, learned, limits):
     big, kept = drawn_to_correct(shape)
     x, dy, mean, stddev, gamma, beta = map(jnp.asarray, big + kept)

@@ -18,11 +18,9 @@ from tests.kernels.compiled_cases import (
     drawn,
     drawn_groups,
     drawn_to_correct,
-    every_batch,
+    every_corrected,
     every_handed,
     every_layer,
-    every_learned,
-    every_limit,
     every_weight,
 )
 
@@ -130,9 +128,7 @@ def test_weights_count_and_what_lies_under_a_0_does_not(axes, sizes, xla):
 
 
 @every_way
-@every_limit
-@every_learned
-@every_batch
+@every_corrected
 def test_sets_are_corrected_as_the_core_corrects_them(shape, learned, limits, xla):
     (x, dy), (mean, stddev, gamma, beta) = drawn_to_correct(shape)
     ends = Limits(*(None if end is None else tf.constant(end) for end in limits))

@@ -19,11 +19,9 @@ from tests.kernels.compiled_cases import (
     drawn,
     drawn_groups,
     drawn_to_correct,
-    every_batch,
+    every_corrected,
     every_handed,
     every_layer,
-    every_learned,
-    every_limit,
 )
 
 if keras.backend.backend() != "torch":
@@ -186,9 +184,7 @@ def test_groups_are_merged_as_the_core_merges_them(axis, called):
     compare_groups(found[0], x, axis)
 
 
-@every_limit
-@every_learned
-@every_batch
+@every_corrected
 def test_sets_are_corrected_as_the_core_corrects_them(shape, learned, limits, called):
     big, kept = drawn_to_correct(shape)
     x, dy, mean, stddev, gamma, beta = map(tensor, big + kept)

@@ -43,16 +43,6 @@ class Pair:
         return self.step(self.stock, self.x * (1 + sign * np.finfo("float32").eps).astype(DTYPE))
 
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
-
-@pytest.fixture(scope="module", params=MODELS)
-def pair(request):
-    keras.config.set_dtype_policy(DTYPE)
-    keras.utils.set_random_seed(0)
-    return make_pair(request.param)
-
-
 def make_pair(name):
     network = getattr(keras.applications, name)
     stock = network(weights=None, classes=10, input_shape=(32, 32, 3), **MODELS[name])
@@ -78,14 +68,14 @@ def distance(found, wanted):
     return np.sqrt(sum(np.sum(e**2) for e in errors) / sum(np.sum(b**2) for b in wanted))
 
 
-def test_every_batch_normalization_is_replaced(pair):
+def assert_every_batch_normalization_is_replaced(pair):
     kinds = [[type(layer) for layer in model.layers] for model in (pair.stock, pair.ours)]
     stock, ours = (np.array(k, object) for k in kinds)
     assert set(ours[stock == keras.layers.BatchNormalization]) == {keras_bn.BatchNormalization}
     assert keras.layers.BatchNormalization not in ours
 
 
-def test_predictions_are_those_of_stock(pair):
+def assert_predictions_are_those_of_stock(pair):
     for model in (pair.stock, pair.ours):
         model.set_weights(pair.weights)
     wanted, found = (model.predict_on_batch(pair.x) for model in (pair.stock, pair.ours))
@@ -93,7 +83,7 @@ def test_predictions_are_those_of_stock(pair):
     assert distance([found], [wanted]) < 1e3 * np.finfo(DTYPE).eps
 
 
-def test_training_step_is_that_of_stock(pair):
+def assert_training_step_is_that_of_stock(pair):
     wanted, found = pair.step(pair.stock, pair.x), pair.step(pair.ours, pair.x)
     # A network is as exact as it is well conditioned: in float32 its step may differ by a few times
     # what that of the stock network does when the input moves by one unit in the last place. Of
@@ -103,3 +93,14 @@ def test_training_step_is_that_of_stock(pair):
     moved = [pair.step_of_stock_for_moved_input(seed) for seed in seeds]
     for a, b, *others in zip(found, wanted, *moved, strict=True):
         assert distance(a, b) < max([LEAST, *(5 * distance(other, b) for other in others)])
+
+
+# One test: a network takes long to build.
+@pytest.mark.usefixtures("quick_compiler")
+@pytest.mark.parametrize("name", MODELS)
+def test_network_does_the_same(name):
+    keras.config.set_dtype_policy(DTYPE)
+    pair = make_pair(name)
+    assert_every_batch_normalization_is_replaced(pair)
+    assert_predictions_are_those_of_stock(pair)
+    assert_training_step_is_that_of_stock(pair)
