@@ -107,19 +107,19 @@ def left_out(rows: dict[str, list[str]]) -> dict[str, list[str]]:
     for backend, own in rows.items():
         for row in own:
             holders.setdefault(row, []).append(backend)
-            first.setdefault((backend, *test_and_mode(row)), row)
+            first.setdefault((backend, *kind_of(row)), row)
     found: dict[str, list[str]] = {backend: [] for backend in rows}
     for turn, (row, backends) in enumerate(holders.items()):
         for backend in set(backends) - {backends[turn % len(backends)]}:
-            if first[backend, *test_and_mode(row)] != row:
+            if first[backend, *kind_of(row)] != row:
                 found[backend].append(row)
     return found
 
 
-def test_and_mode(row: str) -> list[str]:
-    """Return what a row is a case of."""
+def kind_of(row: str) -> tuple[str, ...]:
+    """Return the test and the mode that a row is a case of."""
     test, _, values = row.partition("[")
-    return [test, *MODE.findall(values)]
+    return test, *MODE.findall(values)
 
 
 def most_telling_first(rows: list[str]) -> list[int]:
@@ -130,9 +130,8 @@ def most_telling_first(rows: list[str]) -> list[int]:
     seen: set[tuple[str, ...]] = set()
     groups: tuple[list[int], list[int]] = ([], [])
     for index, row in enumerate(rows):
-        case = tuple(test_and_mode(row))
-        groups[case in seen].append(index)
-        seen.add(case)
+        groups[kind_of(row) in seen].append(index)
+        seen.add(kind_of(row))
     halves = [(group[: len(group) // 2], group[len(group) // 2 :]) for group in groups]
     return [index for half in zip(*halves, strict=True) for part in half for index in part]
 
