@@ -26,7 +26,7 @@ import layers
 import numpy as np
 from measuring import heading, streaming_bandwidth, table
 
-FORWARD = ("normalize", "moments", "mapped", "merged", "moved")
+FORWARD = ("normalize", "moments", "mapped", "moved")
 BACKWARD = ("gradients", "products", "mapped_products", "combined")
 HEADER = ("layer", "shape", "step", "forward", "backward", "beside", "x stream")
 

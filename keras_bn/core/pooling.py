@@ -134,10 +134,6 @@ class Ghosts(NamedTuple):
         missing = self.size * self.number - self.samples
         return isinstance(missing, int) and missing == 0
 
-    def if_full(self, value: int) -> int | None:
-        """Return a number of samples or of ghosts, if it is the same for all and known."""
-        return value if self.are_full else None
-
     def split(self, array: Tensor) -> Tensor:
         """Split the samples into (size, number), filled up with zeros."""
         shape = ops.shape(array)

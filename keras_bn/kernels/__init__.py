@@ -3,7 +3,6 @@
     moments(x, axes, weights) -> Moments    apply(x, affine, dtype) -> y
     normalize(x, pooling, ...) -> y, Moments: both, and the algebra between them
     normalized(x, pooling, ...) -> y: the same for who needs no moments
-    merged(sets) -> Moments: what `normalize` found of sets of one size, all together
     harmless(x, weights) -> x with 0 for what weighs 0 and is too large, or NaN, to become 0 by it
     length(v, kept) -> |v|    with_length(v, g, kept) -> g·v / |v|: the same for a layer's kernel
 
@@ -33,7 +32,6 @@ from keras_bn.kernels.active import (
     is_compiling,
     is_foreign,
     known_number,
-    merged,
     moments,
     moved,
     normalize,
@@ -51,7 +49,6 @@ __all__ = [
     "is_foreign",
     "known_number",
     "length",
-    "merged",
     "moments",
     "moved",
     "normalize",

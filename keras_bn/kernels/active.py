@@ -16,7 +16,7 @@ from keras.backend import standardize_dtype
 from keras_bn.core import native
 from keras_bn.core.affine import Affine, Learned
 from keras_bn.core.estimators import Average, Corrector
-from keras_bn.core.moments import Moments, is_known, is_static, merge_equal
+from keras_bn.core.moments import Moments, is_known, is_static
 from keras_bn.core.pooling import Pooling
 from keras_bn.kernels import generic, normalization
 from keras_bn.kernels.normalization import Plan
@@ -43,18 +43,6 @@ def moments(x: Tensor, axes: tuple[int, ...], weights: Tensor | None = None) -> 
     x = x if weights is None else harmless(x, weights)
     found: Moments = _kernel.moments(x, axes, weights)
     return found
-
-
-def merged(sets: Moments) -> Moments:
-    """Return the moments of sets of one size, along the first axis, all together.
-
-    They are those that `normalize` gives: no derivative goes through them. For the formula see
-    `core.moments.merge_equal`.
-    """
-    found = _kernel.merged(sets) if hasattr(_kernel, "merged") else None
-    if found is None:
-        return merge_equal(sets, moments)
-    return Moments(sets.pivot.shape[0] * sets.count, *found)
 
 
 def moved(
@@ -107,6 +95,7 @@ def normalize(
     dtype: str,
     correct: Corrector | None = None,
     kept: Moments | None = None,
+    merges: bool = False,
 ) -> tuple[Tensor, Moments]:
     """Return y = gamma·(r·(x - mean)/√(variance + epsilon) + d) + beta and the moments.
 
@@ -118,11 +107,13 @@ def normalize(
         dtype: Dtype of y.
         correct: Gives r and d, constants for gradients; None for 1 and 0.
         kept: Moments in place of those of an empty set; None to take 0.
+        merges: Whether the moments are those of all sets along the second axis together. The first
+            one is then summed over, there are no weights, and all sizes are known.
 
     Returns:
         y and the moments; those of an empty set have count 0.
     """
-    return _made(x, learned, Plan(pooling, epsilon, dtype, correct, kept, _hold))
+    return _made(x, learned, Plan(pooling, epsilon, dtype, correct, kept, _hold, merges=merges))
 
 
 def normalized(x: Tensor, pooling: Pooling, learned: Learned, epsilon: float, dtype: str) -> Tensor:

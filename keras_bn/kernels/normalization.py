@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_bn.core.affine import AS_IS, Affine, Learned, compose, standardize, uncentered
 from keras_bn.core.estimators import Correction, Corrector, Limits
-from keras_bn.core.moments import Moments, is_static, merge, or_else
+from keras_bn.core.moments import Moments, is_static, merge, merge_equal, or_else
 from keras_bn.core.pooling import Pooling
 from keras_bn.types import Tensor
 
@@ -33,6 +33,8 @@ class Plan(NamedTuple):
         hold: Keeps a compiler from computing a value again, where it is used or may have moved.
         is_alone: Whether all that is asked for is y, of a plan without `correct`; a kernel may give
             None for the moments.
+        merges: Whether the moments are those of all sets along the second axis together. The first
+            one is then summed over, and all counts are Python numbers.
     """
 
     pooling: Pooling
@@ -42,6 +44,12 @@ class Plan(NamedTuple):
     kept: Moments | None = None
     hold: Callable[[Tensor], Tensor] = as_it_is
     is_alone: bool = False
+    merges: bool = False
+
+    def cells(self, x: Tensor) -> int:
+        """Return of how many cells there are moments at once."""
+        number: int = (self.pooling.together or 1) * (x.shape[1] if self.merges else 1)
+        return number
 
     @property
     def is_simple(self) -> bool:
@@ -73,17 +81,16 @@ class Whole(NamedTuple):
     """The same of what one pass made of all.
 
     Attributes:
-        affine: Center, scale and shift of each cell, in one tensor.
-        rest: Offset, m2, r and d of each cell, in one tensor; None where r is 1 and d is 0.
+        affine: Center, scale and shift of each cell, in one tensor; with r and d of sets that were
+            corrected.
     """
 
     affine: Tensor
-    rest: Tensor | None = None
 
     @property
     def correction(self) -> Corrected:
         """r and d, or None."""
-        return None if self.rest is None else (self.rest[2], self.rest[3])
+        return None if self.affine.shape[0] == 3 else (self.affine[3], self.affine[4])
 
 
 class How(NamedTuple):
@@ -97,7 +104,8 @@ class How(NamedTuple):
         is_centered: Whether moments are about the mean.
         varies: Whether gamma varies within a set.
         is_training: Whether so many tensors are at work that no cache holds the result.
-        is_corrected: Whether sets are corrected; the last inputs say towards what, or how.
+        is_corrected: Whether sets are corrected; the last inputs say towards what.
+        merges: As in a plan.
     """
 
     axes: tuple[int, ...]
@@ -108,6 +116,14 @@ class How(NamedTuple):
     varies: bool = False
     is_training: bool = False
     is_corrected: bool = False
+    merges: bool = False
+
+    def results(self, x: Tensor) -> list[tuple[Any, str]]:
+        """Return shapes and dtypes of what the pass gives; see `in_one`."""
+        sums = [1 if axis in self.axes else size for axis, size in enumerate(x.shape)]
+        affine = (5 if self.is_corrected else 3, *sums)
+        rest = (3, 1, 1, *sums[2:]) if self.merges else (2, *sums)
+        return [(x.shape, self.dtype), (affine, "float32"), (rest, "float32")]
 
 
 def how_of(learned: Learned, plan: Plan) -> How:
@@ -121,6 +137,7 @@ def how_of(learned: Learned, plan: Plan) -> How:
         plan.pooling.is_centered,
         varies(learned, axes),
         is_corrected=plan.correct is not None,
+        merges=plan.merges,
     )
 
 
@@ -151,6 +168,7 @@ def normalize(kernel: Any, x: Tensor, learned: Learned, plan: Plan) -> tuple[Ten
     seen = Seen(filled.count, affine, correction)
     if correction is not None:
         affine = compose(affine, *correction)
+    moments = _together(kernel, moments) if plan.merges else moments
     if varies(learned, plan.pooling.axes):
         return kernel.apply(x, affine, plan.dtype, learned), moments, seen
     return kernel.apply(x, compose(affine, *learned), plan.dtype), moments, seen
@@ -167,7 +185,8 @@ def in_one(kernel: Any, how: How, x: Tensor, *others: Tensor) -> tuple[Tensor, T
             towards, and the limits.
 
     Returns:
-        y; each cell's center, scale and shift; its offset, m2, maybe r and d.
+        y; each cell's center, scale and shift, with r and d of sets that are corrected; its offset
+        and m2, or pivots, offsets and m2 that are merged.
     """
     sets = (_total_of(how.together), how.together, True) if how.together > 1 else ()
     pooling = Pooling(how.axes, None, *sets)._replace(is_centered=how.is_centered)
@@ -176,12 +195,12 @@ def in_one(kernel: Any, how: How, x: Tensor, *others: Tensor) -> tuple[Tensor, T
     if how.is_corrected:
         *learned, mean, variance, limits = others
         correct = Correction(mean, variance, Limits(*ops.unstack(limits)), how.epsilon)
-    plan = Plan(pooling, how.epsilon, how.dtype, correct)
+    plan = Plan(pooling, how.epsilon, how.dtype, correct, merges=how.merges)
     y, moments, seen = normalize(kernel, x, Learned(*learned) if learned else AS_IS, plan)
-    zero = ops.zeros_like(moments.m2)
+    zero = ops.zeros_like(seen.affine.scale)
     affine = [zero if part is None else part for part in seen.affine]
-    rest = [moments.offset, moments.m2, *(seen.correction or ())]
-    return y, ops.stack(affine), ops.stack(rest)
+    rest = moments[1 if how.merges else 2 :]
+    return y, ops.stack([*affine, *(seen.correction or ())]), ops.stack(rest)
 
 
 def _total_of(together: int) -> Callable[[Tensor], Tensor]:
@@ -199,6 +218,12 @@ def varies(learned: Learned, axes: tuple[int, ...]) -> bool:
     """Say whether gamma or beta varies within a set: then it is not part of the set's map."""
     parts = (part for part in learned if part is not None)
     return any(part.shape[axis] != 1 for part in parts for axis in axes)
+
+
+def _together(kernel: Any, sets: Moments) -> Moments:
+    """Return the moments of all sets along the second axis together."""
+    found = merge_equal(Moments(sets.count, *(part[0] for part in sets[1:])), kernel.moments)
+    return Moments(found.count, *(part[None] for part in found[1:]))
 
 
 def _pooled(kernel: Any, x: Tensor, pooling: Pooling) -> Moments:

@@ -142,7 +142,7 @@ class Kernel:
             return y, None
         if len(found) == 4:
             return y, Moments(*found)
-        return y, Moments(passes.number(x, axes) * (plan.pooling.together or 1), *found)
+        return y, Moments(passes.number(x, axes) * plan.cells(x), *found)
 
     def _whole(self, x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments, Any] | None:
         """Return what one pass makes of all; None where there is none, or more to do."""
@@ -165,7 +165,7 @@ class Forward(NamedTuple):
 
     passes: Any
 
-    def moments(self, x: Tensor, axes: Axes, weights: Tensor | None) -> Moments:
+    def moments(self, x: Tensor, axes: Axes, weights: Tensor | None = None) -> Moments:
         """Two passes: the mean, and the deviations from it; one where the backend knows how."""
         passes = self.passes
         count = passes.number(x, axes) if weights is None else self._count(x, axes, weights)

@@ -114,16 +114,21 @@ class BatchStatistics(Normalization):
         return None if is_whole else ghosts_of(x, size)
 
     def _normalized_set(
-        self, x: Tensor, pooling: Pooling, kept: Moments | None, view: Any = None
+        self,
+        x: Tensor,
+        pooling: Pooling,
+        kept: Moments | None,
+        view: Any = None,
+        merges: bool = False,
     ) -> tuple[Tensor, Moments]:
-        """Return the corrected output and the moments of what is pooled."""
+        """Return the corrected output and the moments of what is pooled, as `kernels.normalize`."""
         dtype = self._statistics_dtype(x)
         learned = self._learned(dtype, view)
         correct: Any = self._corrector(dtype)  # for mypy, a tuple cannot be called
         y, moments = kernels.normalize(
-            x, pooling, learned, self.epsilon, self.compute_dtype, correct, kept
+            x, pooling, learned, self.epsilon, self.compute_dtype, correct, kept, merges
         )
-        self._warn_of_one_element(moments)
+        self._warn_of_one_element(moments.count // x.shape[1] if merges else moments.count)
         return y, moments
 
     def _normalized_ghosts(
@@ -134,19 +139,22 @@ class BatchStatistics(Normalization):
         if len(axes) > 1 and not (ghosts.are_full and weights is None):
             # The input is not split, which would copy it to fill up the last of the ghosts: what
             # is summed over the samples of a ghost are cells, tiny beside it.
-            size = ghosts.if_full(ghosts.size)
+            size = ghosts.size if ghosts.are_full else None
             pooling = Pooling(axes[1:], weights, ghosts.total, size)
             y, cells = self._normalized_set(x, pooling, kept)
             each = Moments(*(p if is_static(p) else p[: ghosts.number] for p in cells))
         else:
             x, pooling = self._split(x, ghosts, pooling)
+            # Where each ghost is known to have as many elements, the kernel merges them.
+            sizes = [x.shape[axis] for axis in pooling.axes]
+            merges = pooling.weights is None and all(isinstance(size, int) for size in sizes)
             y, sets = self._normalized_set(
-                x, pooling, kept, lambda part: kernels.for_each(part, ghosts.number)
+                x, pooling, kept, lambda part: kernels.for_each(part, ghosts.number), merges
             )
             each = Moments(*(p if is_static(p) else p[0] for p in sets))
             y = ghosts.join(y)
-        if ghosts.if_full(ghosts.number) is not None and is_static(each.count):
-            return y, kernels.merged(each)
+            if merges:
+                return y, each
         return y, merge(each, lambda array: ops.sum(array, axis=0, keepdims=True))
 
     def _split(self, x: Tensor, ghosts: Ghosts, pooling: Pooling) -> tuple[Tensor, Pooling]:
@@ -267,8 +275,8 @@ class BatchStatistics(Normalization):
             known = native.cast(native.reduce_any(known), "int32")
         self.step.assign(native.cast(self.step, "int32") + known)
 
-    def _warn_of_one_element(self, moments: Moments) -> None:
-        is_one = is_static(moments.count) and moments.count == 1
+    def _warn_of_one_element(self, count: Tensor) -> None:
+        is_one = is_static(count) and count == 1
         if is_one and not self._has_warned and not kernels.is_compiling():
             self._has_warned = True
             warnings.warn(

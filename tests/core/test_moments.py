@@ -7,6 +7,7 @@ import pytest
 from keras import ops
 
 from keras_bn import kernels
+from keras_bn.core.affine import Learned
 from keras_bn.core.moments import (
     Moments,
     degrees_of_freedom,
@@ -17,6 +18,7 @@ from keras_bn.core.moments import (
     or_else,
     union,
 )
+from keras_bn.core.pooling import Pooling
 from keras_bn.kernels import generic, reference
 from tests.kernels import hard, modes
 
@@ -97,11 +99,28 @@ def test_merged_parts_are_the_whole(sizes, weighted):
     assert share(found, reference.moments(x, (0,), weights)) <= 1
 
 
-def by_moments_of_means(sets: Moments) -> Moments:
-    return merge_equal(sets, kernels.moments)
+def by_moments_of_means(size: int, x: np.ndarray, mode: str) -> Any:
+    """Return the moments of parts that are right to the last place, merged."""
+
+    def merged(*own: Any) -> Moments:
+        return merge_equal(Moments(size, *own), kernels.moments)
+
+    return modes.call(mode, merged, parts(x, np.ones((ROWS, 1)), (size,) * (ROWS // size))[1:])
 
 
-@pytest.mark.parametrize("merged", [by_moments_of_means, kernels.merged], ids=["core", "kernels"])
+def by_normalizing(size: int, x: np.ndarray, mode: str) -> Any:
+    """Return what a kernel gives that normalizes the parts."""
+
+    def merged(x: Any) -> Moments:
+        pooling, learned = Pooling((0,)), Learned(None, None)
+        return kernels.normalize(x, pooling, learned, 1e-3, "float32", merges=True)[1]
+
+    split = x.astype("float32").reshape(size, ROWS // size, -1)
+    count, *together = modes.call(mode, merged, [split])
+    return count, *(part[0] for part in together)
+
+
+@pytest.mark.parametrize("merged", [by_moments_of_means, by_normalizing], ids=["core", "kernels"])
 @pytest.mark.parametrize(
     ("size", "mode"),
     [
@@ -112,10 +131,8 @@ def by_moments_of_means(sets: Moments) -> Moments:
     ],
 )
 def test_merged_parts_of_one_size_are_the_whole(size, mode, merged):
-    x, weights = data()
-    x = np.tile(x, 200)  # so that threads share the work
-    given = parts(x, weights, (size,) * (ROWS // size))
-    count, *together = modes.call(mode, lambda *sets: merged(Moments(size, *sets)), given[1:])
+    x = np.tile(data()[0], 200)  # so that threads share the work
+    count, *together = merged(size, x, mode)
     assert share(Moments(int(count), *together), reference.moments(x, (0,))) <= 1
 
 

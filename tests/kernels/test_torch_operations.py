@@ -8,7 +8,6 @@ import pytest
 
 from keras_bn.core.affine import Learned
 from keras_bn.core.estimators import Correction, Limits
-from keras_bn.core.moments import Moments
 from keras_bn.core.pooling import Pooling
 from keras_bn.kernels.compiled import library
 from tests.kernels import hard
@@ -116,17 +115,16 @@ def samples(x):
     """Return arguments of each operation, for an input of two axes."""
     rows, columns = torch.rand(x.shape[0], 1), torch.rand(6, 1, x.shape[1])
     counts = rows.sum().expand(1, x.shape[1]).contiguous()
-    sets = torch.rand(3, 4, 3)
     ends = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
     dy, kept = torch.randn(x.shape), torch.rand(2, 1, x.shape[1]) + 1
-    affine = torch.stack((columns[0], columns[1], columns[2]))
-    how = (1, False, 1, 1e-3, True, True, x.dtype)
+    how, ghosts = (1, False, 1, 1e-3, True, True), x.reshape(2, 3, x.shape[1])
     return {
-        "normalize": (x, [*columns[:2]], [], *how),
-        "normalize corrected": (x, [], [*kept, ends], *how),
-        "gradients": (x, dy, affine, [columns[3]], [], False, 1, True),
-        "gradients of nothing learned": (x, dy, affine, [], [], False, 1, True),
-        "gradients of corrected sets": (x, dy, affine, [columns[3]], [columns[2:]], False, 1, True),
+        "normalize": (x, [*columns[:2]], [], *how, False, x.dtype),
+        "normalize corrected": (x, [], [*kept, ends], *how, False, x.dtype),
+        "normalize ghosts": (ghosts, [], [], *how, True, x.dtype),
+        "gradients": (x, dy, columns[:3], [columns[3]], False, 1, True),
+        "gradients of nothing learned": (x, dy, columns[:3], [], False, 1, True),
+        "gradients of corrected sets": (x, dy, columns[:5], [columns[5]], False, 1, True),
         "moments": (x, [], 1, True),
         "moments weighted": (x, [rows, counts], 1, True),
         "products": (x, dy, columns[0]),
@@ -135,7 +133,6 @@ def samples(x):
         "mapped learned": (x, *columns[:3], [*columns[3:5]], True, x.dtype),
         "combined": (x, dy, *columns[:4], [], [columns[4]]),
         "combined weighted": (x, dy, *columns[:4], [rows], []),
-        "merged": (*sets, 7),
         "moved": (*torch.rand(5, 9), 8.0, 0.9, -1.0),
     }
 
@@ -217,27 +214,27 @@ def test_a_layer_in_compiled_code_is_the_layer(kind, options, use, called):
         state = [weight.numpy() for weight in layer.non_trainable_variables]
         found = torch.autograd.grad(y, [x, *weights])
         results.append([*(part.numpy() for part in found), *state])
-        ghosts = {"merged"} if "virtual_batch_size" in options else set()
         # Compiled code joins what is done to statistics; else it is one call.
         moved = {"moved"} if state and how is not compiled else set()
-        assert called == {"normalize", "gradients"} | ghosts | moved
+        assert called == {"normalize", "gradients"} | moved
         called.clear()
     for found, wanted in zip(*results, strict=True):
         assert np.allclose(found, wanted, atol=1e-5)
 
 
 def test_sets_are_merged_within_transforms_too(called):
-    many = [1 + torch.rand(3, 60, 7, generator=torch.manual_seed(i)) for i in range(3)]
+    many = 1 + torch.rand(3, 4, 60, 7, generator=torch.manual_seed(0))
 
-    def merged(*parts):
-        return kernels.merged(Moments(4, *parts))[1:]
+    def merged(x):
+        given = (Pooling((0,)), Learned(None, None), hard.EPSILON, "float32")
+        return kernels.normalize(x, *given, merges=True)[1][1:]
 
-    found = torch.vmap(merged)(*many)
+    found = torch.vmap(merged)(many)
     assert not called
-    for i, each in enumerate(zip(*found, strict=True)):
-        for own, wanted in zip(each, merged(*(part[i] for part in many)), strict=True):
+    for x, *each in zip(many, *found, strict=True):
+        for own, wanted in zip(each, merged(x), strict=True):
             assert torch.allclose(own, wanted, rtol=1e-5, atol=1e-6)
-    assert called == {"merged"}
+    assert called == {"normalize"}
 
 
 # Keras' own state moves when a layer is called: PyTorch says so.

@@ -407,14 +407,14 @@ if BACKEND == "torch":
         ),
         "d forgotten where sets are corrected": Fault(
             f"{COMPILED}cells.h",
-            "level[j] * (float)r + (float)d;",
-            "level[j] * (float)r;",
+            "b = b * r[j] + d[j];",
+            "b = b * r[j];",
             f"{EVERYWHERE} -k are_corrected",
         ),
         "r forgotten in the gradient of sets that were corrected": Fault(
             f"{COMPILED}cells.h",
-            "level[i] *= job->r[i], slope[i] *= job->r[i], factor[i] *= job->r[i];",
-            ";",
+            "float g = r ? r[j] : 1;",
+            "float g = 1;",
             f"{EVERYWHERE} -k are_corrected",
         ),
         "d forgotten in gamma's gradient": Fault(
@@ -431,6 +431,12 @@ if BACKEND == "torch":
         ),
         "ghosts merged in one pass without the distance of their means": Fault(
             f"{COMPILED}merging.h", "[2 * n + j] + count * between", "[2 * n + j]", ONE_SIZE
+        ),
+        "ghosts of other threads forgotten": Fault(
+            f"{COMPILED}merging.h",
+            "for (int part = 1; part < job->parts; part++)",
+            "for (int part = 1; part < 0; part++)",
+            ONE_SIZE,
         ),
         "statistics moved by what is not known": Fault(
             f"{COMPILED}moving.h", "return m2 < INFINITY;", "return 1;", PAIR

@@ -47,7 +47,7 @@ def cores() -> int:
 def xla_calls() -> dict[str, Any]:
     """Return the passes as custom calls of XLA, by name; none where there is no library."""
     loaded = library()
-    names = ("moments", "merge", "products", "map", "combined", "normalize", "gradients")
+    names = ("moments", "products", "map", "combined", "normalize", "gradients")
     return {f"keras_bn_{name}": getattr(loaded, f"keras_bn_xla_{name}") for name in names if loaded}
 
 
@@ -75,21 +75,23 @@ def numbers(
     varies: bool = False,
     is_training: bool = True,
     is_corrected: bool = False,
+    merges: bool = False,
     threads: int | None = None,
 ) -> list[int]:
     """Return what a custom call does, beside its operands, as xla_calls.c reads it.
 
     Args:
         axes: Summed over.
-        together: How many neighbouring cells make a set; of a merge, how many elements do.
+        together: How many neighbouring cells make a set.
         is_centered: Whether moments are about the mean.
         is_given: Whether gamma is, or the weights are.
         varies: Whether gamma varies within a set.
         is_training: Whether so many tensors are at work that no cache holds the result.
         is_corrected: Whether sets are corrected, or were.
+        merges: Whether the moments are those of all sets along the second axis together.
         threads: How many at most; None for one on each core that this process may use.
     """
-    options = (is_centered, is_given, varies, is_training, is_corrected)
+    options = (is_centered, is_given, varies, is_training, is_corrected, merges)
     return [mask_of(axes), together, *map(int, options), threads or cores()]
 
 

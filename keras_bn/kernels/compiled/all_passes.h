@@ -5,6 +5,7 @@
 #include "rows.h"
 
 const Generation GENERATION = {
+    .find_pivots = find_pivots,
     .sum_moments = sum_moments,
     .sum_products = sum_products,
     .sum_mapped_products = sum_mapped_products,
@@ -17,6 +18,6 @@ const Generation GENERATION = {
     .normalize_rows = normalize_rows,
     .differentiate_rows = differentiate_rows,
     .add_to_columns = add_to_columns,
-    .add_sets = add_sets,
+    .add_to_merged = add_to_merged,
     .takes_bfloat = TAKES_BFLOAT,
 };

@@ -57,28 +57,24 @@ int keras_bn_combined(int rank, const int64_t *dims, char *x, int type, char *dy
 
 /* y = gamma·(x - mean)/√(variance + epsilon) + beta, where `together` neighbouring cells make a
    set. Of gamma and beta, which vary within a set or not, cell i then has element i mod columns.
-   For each cell: center, scale and shift into affine; offsets and m2 into rest.
+   For each cell: center, scale and shift into affine; offsets and m2 into rest. Where cells i and
+   i + merged are to be told together, pivots, offsets and m2 of so many into rest; else that is 0.
    With kept means and variances, of so many columns, the sets are corrected towards these: r and d
-   of each cell into correction, within the limits (least and most of r, most of d). */
+   of each cell into affine, too, within the limits (least and most of r, most of d). */
 int keras_bn_normalize(int rank, const int64_t *dims, char *x, int type, char *y, int y_type,
                        const float *gamma, const float *beta, int varies, double count,
                        int64_t together, double epsilon, int is_centered, int64_t cells,
-                       int64_t columns, float *affine, float *rest, const float *kept_mean,
-                       const float *kept_variance, int64_t kept_columns, const double *limits,
-                       float *correction, int is_training, int threads);
+                       int64_t columns, float *affine, float *rest, int64_t merged,
+                       const float *kept_mean, const float *kept_variance, int64_t kept_columns,
+                       const double *limits, int is_training, int threads);
 
 /* The gradients of that: dx, and those of beta and gamma into d_learned, of `columns` elements
-   each. Where the sets were corrected, r and d of each cell are given; not with a gamma that
+   each. Where the sets were corrected, r and d of each cell are in affine; not with a gamma that
    varies within a set. */
 int keras_bn_gradients(int rank, const int64_t *dims, char *x, int type, char *dy, int dy_type,
                        char *dx, int dx_type, const float *gamma, int varies, double count,
                        int64_t together, int is_centered, int64_t cells, int64_t columns,
-                       float *affine, float *correction, float *d_learned, int threads);
-
-/* The moments of sets of `count` elements each, together: of each column, a number of sets, one in
-   each row. Pivots, offsets and m2 into out. */
-int keras_bn_merge(const float *center, const float *offset, const float *m2, int64_t number,
-                   int64_t columns, double count, float *out, int threads);
+                       float *affine, int is_corrected, float *d_learned, int threads);
 
 /* Kept means and variances, moved towards moments of which m2 is finite: of the old there stays the
    share `momentum`. It is the variances that move, or, with an epsilon of at least 0, the roots of

@@ -76,18 +76,13 @@ static void merge(Job *job, int64_t from, int64_t to) {
 /* Say whether gamma and beta belong to cells. */
 static int is_composed(const Job *job) { return job->gamma && !job->varies; }
 
-/* Return how many cells there are until so many columns begin again. */
-static int64_t cells_to_wrap(int64_t columns, int64_t i, int64_t to) {
-    int64_t ahead = columns - i % columns;
-    return ahead < to - i ? ahead : to - i;
-}
-
-/* Correct maps, each towards a mean and a variance, r and d within their limits; a NaN stays one. */
-INLINED void correct_line(float *restrict slope, float *restrict level, float *restrict all_r,
-                          float *restrict all_d, int64_t n, const float *restrict center,
-                          const float *restrict offset, const float *restrict m2,
-                          const float *restrict mean, const float *restrict variance,
-                          const double *restrict limits, double share, double epsilon) {
+/* Find what corrects sets, each towards a mean and a variance: r and d, within their limits; a NaN
+   stays one. */
+INLINED void correct_line(float *restrict all_r, float *restrict all_d, int64_t n,
+                          const float *restrict center, const float *restrict offset,
+                          const float *restrict m2, const float *restrict mean,
+                          const float *restrict variance, const double *restrict limits,
+                          double share, double epsilon) {
     double least = limits[0], most = limits[1], farthest = limits[2];
     for (int64_t j = 0; j < n; j++) {
         double stddev = sqrt(variance[j] + epsilon);
@@ -96,18 +91,45 @@ INLINED void correct_line(float *restrict slope, float *restrict level, float *r
         r = r < least ? least : r > most ? most : r;
         d = d < -farthest ? -farthest : d > farthest ? farthest : d;
         all_r[j] = (float)r, all_d[j] = (float)d;
-        slope[j] *= (float)r, level[j] = level[j] * (float)r + (float)d;
     }
 }
 
-INLINED void correct(Job *job, int64_t from, int64_t to) {
+static void correct(Job *job, int64_t from, int64_t to) {
     double share = 1 / (job->count * job->together);
     for (int64_t i = from, n; i < to; i += n) {
         int64_t column = i % job->kept_columns;
         n = cells_to_wrap(job->kept_columns, i, to);
-        correct_line(job->slope + i, job->level + i, job->r + i, job->d + i, n, job->center + i,
-                     job->offset + i, job->m2 + i, job->kept_mean + column,
-                     job->kept_variance + column, job->limits, share, job->epsilon);
+        correct_line(job->r + i, job->d + i, n, job->center + i, job->offset + i, job->m2 + i,
+                     job->kept_mean + column, job->kept_variance + column, job->limits, share,
+                     job->epsilon);
+    }
+}
+
+/* Find the maps of n cells: to z, and to gamma·(r·z + d) + beta, of which some may be missing. */
+INLINED void maps_line(float *restrict scale, float *restrict shift, float *restrict slope,
+                       float *restrict level, int64_t n, const float *restrict m2,
+                       const float *restrict offset, const float *restrict r,
+                       const float *restrict d, const float *restrict gamma,
+                       const float *restrict beta, double share, double epsilon) {
+    for (int64_t j = 0; j < n; j++) {
+        float a = scale_of(m2[j], share, epsilon), b = -offset[j] * a;
+        scale[j] = a, shift[j] = b;
+        if (r) a *= r[j], b = b * r[j] + d[j];
+        if (gamma) a *= gamma[j], b = b * gamma[j] + beta[j];
+        slope[j] = a, level[j] = b;
+    }
+}
+
+INLINED void maps_of(Job *job, int64_t from, int64_t to, int is_corrected, int is_composed) {
+    int64_t columns = is_composed ? job->columns.number : to;
+    double share = 1 / (job->count * job->together);
+    for (int64_t i = from, n; i < to; i += n) {
+        int64_t column = i % columns;
+        n = cells_to_wrap(columns, i, to);
+        maps_line(job->scale + i, job->shift + i, job->slope + i, job->level + i, n, job->m2 + i,
+                  job->offset + i, is_corrected ? job->r + i : 0, is_corrected ? job->d + i : 0,
+                  is_composed ? job->gamma + column : 0, is_composed ? job->beta + column : 0,
+                  share, job->epsilon);
     }
 }
 
@@ -115,25 +137,11 @@ INLINED void correct(Job *job, int64_t from, int64_t to) {
 static void finish_map(Job *job, int64_t from, int64_t to, int part) {
     finish_moments(job, from, to, part);
     if (job->together > 1) merge(job, from, to);
-    const float *restrict m2 = job->m2, *restrict offset = job->offset;
-    float *restrict scale = job->scale, *restrict shift = job->shift;
-    double share = 1 / (job->count * job->together), epsilon = job->epsilon;
-    for (int64_t i = from; i < to; i++) {
-        scale[i] = scale_of(m2[i], share, epsilon);
-        shift[i] = -offset[i] * scale[i];
-    }
-    memcpy(job->slope + from, scale + from, (size_t)(to - from) * sizeof(float));
-    memcpy(job->level + from, shift + from, (size_t)(to - from) * sizeof(float));
     if (job->kept_mean) correct(job, from, to);
-    for (int64_t i = from, n; is_composed(job) && i < to; i += n) {
-        const float *gamma = job->gamma + i % job->columns.number;
-        const float *beta = job->beta + i % job->columns.number;
-        n = cells_to_wrap(job->columns.number, i, to);
-        for (int64_t j = 0; j < n; j++) {
-            job->slope[i + j] *= gamma[j];
-            job->level[i + j] = job->level[i + j] * gamma[j] + beta[j];
-        }
-    }
+    if (job->kept_mean && is_composed(job)) maps_of(job, from, to, 1, 1);
+    else if (job->kept_mean) maps_of(job, from, to, 1, 0);
+    else if (is_composed(job)) maps_of(job, from, to, 0, 1);
+    else maps_of(job, from, to, 0, 0);
 }
 
 /* Keep the sums of cells as levels and slopes. */
@@ -144,51 +152,81 @@ static void finish_sums(Job *job, int64_t from, int64_t to, int part) {
         job->level[i] = (float)first[i], job->slope[i] = (float)second[i];
 }
 
-/* Turn Σ dy and Σ dy·(x - center) into Σ dy·z, and both into Σ g·dy and Σ g·dy·z, where g is
-   gamma·r. */
-static void weigh(Job *job, int64_t from, int64_t to) {
-    const float *restrict scale = job->scale, *restrict shift = job->shift;
-    float *restrict slope = job->slope, *restrict level = job->level;
-    float *restrict factor = job->factor;
-    memcpy(factor + from, scale + from, (size_t)(to - from) * sizeof(float));
-    for (int64_t i = from; !job->varies && i < to; i++)
-        slope[i] = slope[i] * scale[i] + level[i] * shift[i];
-    for (int64_t i = from; job->r && i < to; i++)
-        level[i] *= job->r[i], slope[i] *= job->r[i], factor[i] *= job->r[i];
-    for (int64_t i = from, n; is_composed(job) && i < to; i += n) {
-        const float *gamma = job->gamma + i % job->columns.number;
-        n = cells_to_wrap(job->columns.number, i, to);
-        for (int64_t j = 0; j < n; j++)
-            level[i + j] *= gamma[j], slope[i + j] *= gamma[j], factor[i + j] *= gamma[j];
+/* Over a set of n, dx = scale·(g·dy - Σ g·dy / n - z·Σ g·dy·z / n), where g is gamma·r: with
+   z = (x - center)·scale + shift that is scale·g·dy + (x - center)·slope + level. */
+typedef struct {
+    float slope, level;
+} Line;
+
+/* Return slope and level of a cell from the sums of its set; `centered` is 1/n, or 0. */
+INLINED Line line_of(double first, double second, double scale, double shift, double share,
+                     double centered) {
+    double by_slope = -second * share * scale;
+    return (Line){(float)(by_slope * scale), (float)(by_slope * shift - first * centered * scale)};
+}
+
+/* Turn Σ dy and Σ dy·(x - center) of n cells into Σ g·dy and Σ g·dy·z, which they are already where
+   gamma varies within a set; and these into slopes and levels, where cells are sets. */
+INLINED void weigh_line(float *restrict factor, float *restrict slope, float *restrict level,
+                        int64_t n, const double *restrict first, const double *restrict second,
+                        const float *restrict scale, const float *restrict shift,
+                        const float *restrict r, const float *restrict gamma, int varies,
+                        int are_sets, double share, double centered) {
+    for (int64_t j = 0; j < n; j++) {
+        double a = first[j], b = second[j];
+        if (!varies) b = b * scale[j] + a * shift[j];
+        float g = r ? r[j] : 1;
+        if (gamma) g *= gamma[j];
+        Line line = are_sets ? line_of(a * g, b * g, scale[j], shift[j], share, centered)
+                             : (Line){(float)(b * g), (float)(a * g)};
+        factor[j] = scale[j] * g, slope[j] = line.slope, level[j] = line.level;
     }
 }
 
-/* Give each cell the sums of its set. */
+INLINED void weigh(Job *job, int64_t from, int64_t to, int varies, int is_corrected,
+                   int is_composed, int are_sets) {
+    int64_t columns = is_composed ? job->columns.number : to;
+    double share = 1 / job->count, centered = job->is_centered ? share : 0;
+    for (int64_t i = from, n; i < to; i += n) {
+        const double *first = job->cells.sums - job->cells.first + i;
+        n = cells_to_wrap(columns, i, to);
+        weigh_line(job->factor + i, job->slope + i, job->level + i, n, first,
+                   first + job->cells.number, job->scale + i, job->shift + i,
+                   is_corrected ? job->r + i : 0, is_composed ? job->gamma + i % columns : 0,
+                   varies, are_sets, share, centered);
+    }
+}
+
+INLINED void weigh_all(Job *job, int64_t from, int64_t to, int are_sets) {
+    if (job->varies) weigh(job, from, to, 1, 0, 0, are_sets);
+    else if (job->r && is_composed(job)) weigh(job, from, to, 0, 1, 1, are_sets);
+    else if (job->r) weigh(job, from, to, 0, 1, 0, are_sets);
+    else if (is_composed(job)) weigh(job, from, to, 0, 0, 1, are_sets);
+    else weigh(job, from, to, 0, 0, 0, are_sets);
+}
+
+/* Turn the sums of cells into slopes and levels by the sums of their sets. */
 static void share(Job *job, int64_t from, int64_t to) {
+    double share = 1 / (job->count * job->together), centered = job->is_centered ? share : 0;
     for (int64_t set = from; set < to; set += job->together) {
         double first = 0, second = 0;
         for (int64_t i = set; i < set + job->together; i++)
             first += job->level[i], second += job->slope[i];
-        for (int64_t i = set; i < set + job->together; i++)
-            job->level[i] = (float)first, job->slope[i] = (float)second;
+        for (int64_t i = set; i < set + job->together; i++) {
+            Line line = line_of(first, second, job->scale[i], job->shift[i], share, centered);
+            job->slope[i] = line.slope, job->level[i] = line.level;
+        }
     }
 }
 
-/* Over a set of n, dx = scale·(g·dy - Σ g·dy / n - z·Σ g·dy·z / n): with
-   z = (x - center)·scale + shift that is scale·g·dy + (x - center)·slope + level. */
 static void finish_gradients(Job *job, int64_t from, int64_t to, int part) {
-    finish_sums(job, from, to, part);
-    weigh(job, from, to);
-    if (job->together > 1) share(job, from, to);
-    double count = job->count * job->together;
-    double share = 1 / count, centered = job->is_centered ? share : 0;
-    const float *restrict scale = job->scale, *restrict shift = job->shift;
-    float *restrict slope = job->slope, *restrict level = job->level;
-    for (int64_t i = from; i < to; i++) {
-        float by_slope = (float)(-slope[i] * share * scale[i]);
-        level[i] = (float)(-level[i] * centered * scale[i]) + by_slope * shift[i];
-        slope[i] = by_slope * scale[i];
+    (void)part;
+    if (job->together == 1) {
+        weigh_all(job, from, to, 1);
+        return;
     }
+    weigh_all(job, from, to, 0);
+    share(job, from, to);
 }
 
 /* Add the sums of some cells, Σ dy and Σ dy·(r·z + d), to those of some columns. */

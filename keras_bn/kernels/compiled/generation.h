@@ -6,12 +6,11 @@
 #include "job.h"
 
 typedef struct {
-    Stage sum_moments, sum_products, sum_mapped_products;
+    Stage find_pivots, sum_moments, sum_products, sum_mapped_products;
     Stage finish_moments, finish_sums, finish_map, finish_gradients;
-    Stage map, combine, normalize_rows, differentiate_rows;
+    Stage map, combine, normalize_rows, differentiate_rows, add_to_merged;
     void (*add_to_columns)(Job *job, int64_t from, int64_t to, int64_t lowest, int64_t highest,
                            int part);
-    void (*add_sets)(void *sets, int part);
     int takes_bfloat; /* whether it is best taken some at a time */
 } Generation;
 

@@ -20,9 +20,17 @@ typedef struct {
     int64_t first, number, copy;
 } Sums;
 
+/* Moments of cells that are merged: cells i and i + columns, and so on. Three sums for each column,
+   about its pivot; each part has its own. */
+typedef struct {
+    float *pivots;
+    double *sums;
+    int64_t columns;
+} Merged;
+
 /* What there is for each of a number of cells between two stages; each part has its own, as long as
    it needs it. */
-enum { WORKS = 3 };
+enum { WORKS = 5 };
 typedef struct {
     float *room;
     int64_t number;
@@ -48,7 +56,8 @@ struct Job {
     float *r, *d; /* of cells that are corrected */
     int64_t kept_columns;
     Sums cells, columns;
-    Work work; /* for slopes, levels and factors, unless these are results */
+    Merged merged;
+    Work work; /* for slopes, levels and factors, and moments that are merged, unless results */
     const float *counts;
     double count, epsilon;
     int64_t all;      /* how many cells there are */
@@ -70,16 +79,25 @@ static int are_apart(const Job *job) {
     return stride * job->nest.size[0] == job->all && stride % job->together == 0;
 }
 
-/* Return the pivot of a sum whose first element is x. */
-INLINED float pivot_of(const Job *job, float x) {
-    return job->is_centered && isfinite(x) ? x : 0;
+/* Return how many cells there are until so many columns begin again. */
+static int64_t cells_to_wrap(int64_t columns, int64_t i, int64_t to) {
+    int64_t ahead = columns - i % columns;
+    return ahead < to - i ? ahead : to - i;
 }
 
-/* Let slopes, levels and factors of a number of cells lie in a room. */
+/* Return the pivot of a sum whose first element is x. */
+INLINED float pivot_of(float x, int is_centered) {
+    return is_centered && isfinite(x) ? x : 0;
+}
+
+/* Let slopes, levels and factors of a number of cells lie in a room, and moments to be merged. */
 static void place(Job *job, float *room, int64_t first, int64_t number) {
     job->slope = room - first;
     job->level = room + number - first;
     job->factor = room + 2 * number - first;
+    if (!job->merged.columns) return;
+    job->offset = room + 3 * number - first;
+    job->m2 = room + 4 * number - first;
 }
 
 #endif

@@ -90,9 +90,9 @@ int keras_bn_combined(int rank, const int64_t *dims, char *x, int type, char *dy
 int keras_bn_normalize(int rank, const int64_t *dims, char *x, int type, char *y, int y_type,
                        const float *gamma, const float *beta, int varies, double count,
                        int64_t together, double epsilon, int is_centered, int64_t cells,
-                       int64_t columns, float *affine, float *rest, const float *kept_mean,
-                       const float *kept_variance, int64_t kept_columns, const double *limits,
-                       float *correction, int is_training, int threads) {
+                       int64_t columns, float *affine, float *rest, int64_t merged,
+                       const float *kept_mean, const float *kept_variance, int64_t kept_columns,
+                       const double *limits, int is_training, int threads) {
     const Generation *cpu = generation();
     Job job = {.sum = cpu->sum_moments, .finish = cpu->finish_map, .map = cpu->map,
                .rows = cpu->normalize_rows, .big = {x, NULL, y}, .types = {type, 0, y_type},
@@ -102,10 +102,11 @@ int keras_bn_normalize(int rank, const int64_t *dims, char *x, int type, char *y
                .shift = affine + 2 * cells, .offset = rest, .m2 = rest + cells,
                .columns.number = columns,
                .kept_mean = kept_mean, .kept_variance = kept_variance,
-               .kept_columns = kept_columns, .limits = limits, .r = correction,
-               .d = correction + cells, .is_training = is_training};
+               .kept_columns = kept_columns, .limits = limits, .r = affine + 3 * cells,
+               .d = affine + 4 * cells, .merged.columns = merged, .is_training = is_training};
     if (!prepare(&job, rank, dims, cells, 0, threads)) return 0;
     run(&job);
+    if (merged) write_merged(&job, rest);
     release(&job);
     return 1;
 }
@@ -113,7 +114,7 @@ int keras_bn_normalize(int rank, const int64_t *dims, char *x, int type, char *y
 int keras_bn_gradients(int rank, const int64_t *dims, char *x, int type, char *dy, int dy_type,
                        char *dx, int dx_type, const float *gamma, int varies, double count,
                        int64_t together, int is_centered, int64_t cells, int64_t columns,
-                       float *affine, float *correction, float *d_learned, int threads) {
+                       float *affine, int is_corrected, float *d_learned, int threads) {
     const Generation *cpu = generation();
     Job job = {.sum = varies ? cpu->sum_mapped_products : cpu->sum_products,
                .finish = cpu->finish_gradients, .map = cpu->combine,
@@ -121,25 +122,12 @@ int keras_bn_gradients(int rank, const int64_t *dims, char *x, int type, char *d
                .types = {type, dy_type, dx_type}, .gamma = gamma, .varies = varies,
                .count = count, .together = together, .is_centered = is_centered,
                .center = affine, .scale = affine + cells, .shift = affine + 2 * cells,
-               .r = correction, .d = correction ? correction + cells : NULL, .is_training = 1};
-    if ((varies && correction) || !prepare(&job, rank, dims, cells, columns, threads)) return 0;
+               .r = is_corrected ? affine + 3 * cells : NULL, .d = affine + 4 * cells,
+               .is_training = 1};
+    if ((varies && is_corrected) || !prepare(&job, rank, dims, cells, columns, threads)) return 0;
     run(&job);
     write_columns(&job, d_learned);
     release(&job);
-    return 1;
-}
-
-int keras_bn_merge(const float *center, const float *offset, const float *m2, int64_t number,
-                   int64_t columns, double count, float *out, int threads) {
-    int wanted = threads_for(number * columns, threads);
-    int parts = number < 1 ? 1 : number < wanted ? (int)number : wanted;
-    Sets sets = {center, offset, m2, number, columns, NULL, parts};
-    sets.sums = calloc((size_t)(3 * columns * parts + 1), sizeof(double));
-    if (!sets.sums) return 0;
-    in_parts(generation()->add_sets, &sets, parts, parts);
-    if (number) write_merged(&sets, count, out);
-    else memset(out, 0, (size_t)(3 * columns) * sizeof(float));
-    free(sets.sums);
     return 1;
 }
 

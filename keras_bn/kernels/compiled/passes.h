@@ -62,7 +62,7 @@ INLINED void sum_piece(Job *job, const Piece *piece, int part, Pass pass, int ce
         products_block(x, step, dy, dy_step, rows, n, center, first, second, next_x, next_dy);
     Ends ends[ROWS];
     for (int i = 0; pass == MOMENTS && cell == ONE && job->is_first && i < rows; i++)
-        job->center[at + i * apart] = pivot_of(job, x[i * step]);
+        job->center[at + i * apart] = pivot_of(x[i * step], job->is_centered);
     int is_about_0 = pass == MOMENTS && !weight && !job->is_centered;
     for (int i = 0; cell == ONE && is_about_0 && i < rows; i++)
         ends[i] = squares_line(x + i * step, n);
@@ -255,6 +255,41 @@ INLINED void pass_of(Job *job, int64_t from, int64_t to, int part, Pass pass, in
     if (weight == ABSENT) WITH(pass, cell, ABSENT, ABSENT);                               \
     else if (weight == ONE) WITH(pass, cell, ABSENT, ONE);                                \
     else WITH(pass, cell, ABSENT, MANY)
+
+/* Take first elements of sums as their pivots, where they count. */
+INLINED void pivots_line(float *restrict pivot, int64_t n, const float *restrict x, int weight,
+                         const float *restrict w, int is_centered) {
+    for (int64_t j = 0; j < n; j++) {
+        int is_counted = !weight || OF(w, weight, j) > 0;
+        pivot[j] = is_counted ? pivot_of(x[j], is_centered) : 0;
+    }
+}
+
+INLINED void pivots_of(Job *job, int64_t from, int64_t to, int weight) {
+    Nest nest = job->nest;
+    for (int i = 0; i < nest.rank; i++)
+        if (!nest.stride[CELL][i]) nest.size[i] = 1;
+    if (!nest.stride[CELL][0]) to = from + 1;
+    int64_t length = nest.size[nest.rank - 1];
+    for (Block line = before(walk_of(&nest, from, to)); next_block(&line, 0);)
+        for (int64_t start = 0; start < length; start += LINE) {
+            int64_t n = length - start < LINE ? length - start : LINE;
+            int type = job->types[X];
+            float room[LINE];
+            const char *data = job->big[X] + (line.at[X] + start) * WIDTH[type];
+            pivots_line(job->center + line.at[CELL] + start, n, widened(data, type, n, room),
+                        weight, job->weights + line.at[WEIGHT] + (weight == MANY ? start : 0),
+                        job->is_centered);
+        }
+}
+
+static void find_pivots(Job *job, int64_t from, int64_t to, int part) {
+    (void)part;
+    int weight = along_line(job, WEIGHT, job->weights);
+    if (weight == ABSENT) pivots_of(job, from, to, ABSENT);
+    else if (weight == ONE) pivots_of(job, from, to, ONE);
+    else pivots_of(job, from, to, MANY);
+}
 
 static void sum_moments(Job *job, int64_t from, int64_t to, int part) {
     int weight = along_line(job, WEIGHT, job->weights);

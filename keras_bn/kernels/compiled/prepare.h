@@ -61,6 +61,15 @@ static void release(Job *job) {
     free(job->cells.sums);
     free(job->columns.sums);
     free(job->work.room);
+    free(job->merged.pivots);
+    free(job->merged.sums);
+}
+
+static int allocate_merged(Merged *merged, int parts) {
+    size_t number = (size_t)merged->columns;
+    merged->pivots = malloc(number * sizeof(float));
+    merged->sums = calloc(3 * number * (size_t)parts, sizeof(double));
+    return merged->pivots && merged->sums;
 }
 
 /* Make the nest of a job, its parts, its sums of cells and of columns (0 for none), and room for its
@@ -84,7 +93,8 @@ static int prepare(Job *job, int rank, const int64_t *dims, int64_t cells, int64
     int is_shared = !nest->stride[CELL][0], is_apart = are_apart(job);
     int64_t number = is_apart ? chunk * nest->stride[CELL][0] : cells;
     int is_done = allocate(&job->cells, number, is_apart || is_shared ? job->parts : 1)
-        && (!columns || allocate(&job->columns, columns, job->parts));
+        && (!columns || allocate(&job->columns, columns, job->parts))
+        && (!job->merged.columns || allocate_merged(&job->merged, job->parts));
     if (is_done && job->map) {
         int64_t all = WORKS * number * (is_apart ? job->parts : 1);
         job->work = (Work){malloc((size_t)all * sizeof(float)), number};

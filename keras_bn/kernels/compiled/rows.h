@@ -10,7 +10,7 @@
 INLINED void normalize_line(Job *job, const int64_t *at, const float *x, char *y, int64_t n,
                             double share, int is_centered, int column) {
     int64_t i = at[CELL];
-    Found found = {pivot_of(job, x[0]), 0, 0, 1};
+    Found found = {pivot_of(x[0], is_centered), 0, 0, 1};
     for (int times = 0; times < 2 && found.is_far; times++) {
         float pivot = found.center;
         Ends ends = is_centered ? moments_line(x, n, ABSENT, 0, &pivot) : squares_line(x, n);
@@ -49,7 +49,7 @@ INLINED void find_maps(Job *job, const float *x, int64_t step, int64_t n, int64_
     for (int i = 0; i < ROWS; i++) {
         const float *line = x + i * step;
         float *pivot = job->center + from + i;
-        *pivot = pivot_of(job, line[0]);
+        *pivot = pivot_of(line[0], is_centered);
         ends[i] = is_centered ? moments_line(line, n, ABSENT, 0, pivot) : squares_line(line, n);
     }
     add_ends(ends, ROWS, 1, job->cells.sums, job->cells.sums + ROWS);

@@ -41,4 +41,7 @@ static Shape shape_of(int rank, const int64_t *size, const int64_t *cell, const 
     return shape;
 }
 
+/* Return how many sums there are along all axes but the second, those along which are merged. */
+static int64_t merged_of(const Shape *shape) { return shape->cells / shape->sums[2]; }
+
 #endif

@@ -30,7 +30,7 @@ static int are_rows(const Job *job) {
     int lines = nest->rank - 2, is_shared = !nest->stride[COLUMN][lines];
     int is_along = along_line(job, COLUMN, job->gamma) == MANY;
     int varies_so = is_along && (is_shared || !job->columns.sums);
-    return are_lines_alone(job) && job->together == 1 && !job->kept_mean
+    return are_lines_alone(job) && job->together == 1 && !job->kept_mean && !job->merged.columns
         && nest->stride[CELL][lines] == 1 && (!job->varies || varies_so);
 }
 
@@ -43,26 +43,12 @@ static void clear(Job *job, int64_t from, int64_t to) {
                    (size_t)(to - from) * sizeof(double));
 }
 
-/* Take the first element of each sum as its pivot. */
-static void find_pivots(Job *job, int64_t from, int64_t to) {
-    Nest nest = job->nest;
-    for (int i = 0; i < nest.rank; i++)
-        if (!nest.stride[CELL][i]) nest.size[i] = 1;
-    if (!nest.stride[CELL][0]) to = from + 1;
-    int loop = nest.rank - 2, type = job->types[X];
-    for (Walk walk = walk_of(&nest, from, to); walk.left > 0; next_turn(&walk)) {
-        for (int64_t line = 0; line < walk.lines; line++) {
-            int64_t at = walk.at[X] + line * nest.stride[X][loop];
-            int64_t cell = walk.at[CELL] + line * nest.stride[CELL][loop];
-            int64_t weight = walk.at[WEIGHT] + line * nest.stride[WEIGHT][loop];
-            for (int64_t j = 0; j < nest.size[loop + 1]; j++) {
-                float room, x = *widened(job->big[X] + (at + j) * WIDTH[type], type, 1, &room);
-                int is_counted = !job->weights
-                    || job->weights[weight + j * nest.stride[WEIGHT][loop + 1]] > 0;
-                job->center[cell + j] = is_counted ? pivot_of(job, x) : 0;
-            }
-        }
-    }
+/* Take the first element of each column as its pivot: one of those that are merged is near enough. */
+static void find_merged_pivots(Job *job) {
+    int64_t stride = job->nest.stride[CELL][0], columns = job->merged.columns;
+    int64_t turns = are_apart(job) ? (columns + stride - 1) / stride : job->nest.size[0];
+    generation()->find_pivots(job, 0, turns, 0);
+    memcpy(job->merged.pivots, job->center, (size_t)columns * sizeof(float));
 }
 
 static void sum_and_finish(Job *job, int64_t from, int64_t to, int part) {
@@ -70,7 +56,8 @@ static void sum_and_finish(Job *job, int64_t from, int64_t to, int part) {
     int is_alone = are_lines_alone(job);
     int64_t number = job->work.number;
     if (job->map) place(job, job->work.room + part * WORKS * number, first, number);
-    if (job->sum == generation()->sum_moments && !is_alone) find_pivots(job, from, to);
+    if (job->sum == generation()->sum_moments && !is_alone)
+        generation()->find_pivots(job, from, to, part);
     job->cells.first = first;
     for (int times = 0; times < 2; times++) {
         job->is_far = 0;
@@ -91,6 +78,8 @@ static void all_of_part(void *shared, int part) {
     for (int64_t from = size * part / job->parts, to; from < end; from = to) {
         to = from + job->many < end ? from + job->many : end;
         sum_and_finish(job, from, to, part);
+        if (job->merged.columns)
+            generation()->add_to_merged(job, from * stride, to * stride, part);
         if (job->columns.sums && !job->varies)
             generation()->add_to_columns(job, from * stride, to * stride, 0, job->columns.number,
                                          part);
@@ -141,11 +130,13 @@ static void run(Job *job) {
         in_parts(rows_of_part, job, parts, threads);
         return;
     }
+    if (job->merged.columns) find_merged_pivots(job);
     if (job->sum && are_apart(job)) {
         in_parts(all_of_part, job, parts, threads);
         return;
     }
-    if (job->sum == generation()->sum_moments) find_pivots(job, 0, job->nest.size[0]);
+    if (job->sum == generation()->sum_moments)
+        generation()->find_pivots(job, 0, job->nest.size[0], 0);
     for (int times = 0; job->sum && times < 2; times++) {
         if (times) clear(job, 0, job->all);
         in_parts(sums_of_part, job, parts, threads);
@@ -154,6 +145,7 @@ static void run(Job *job) {
         job->is_far = 0;
     }
     if (job->columns.sums && !job->varies) in_parts(columns_of_part, job, parts, few);
+    if (job->merged.columns) generation()->add_to_merged(job, 0, job->all, 0);
     if (job->map) in_parts(map_of_part, job, parts, threads);
 }
 

@@ -79,7 +79,7 @@ typedef struct {
     int64_t mask, together, threads;
     int type;
     float epsilon;
-    unsigned char is_centered, varies, is_corrected;
+    unsigned char is_centered, varies, is_corrected, merges;
 } Options;
 
 static int of_dtype(int dtype) {
@@ -105,6 +105,7 @@ static void *create(TF_OpKernelConstruction *construction) {
     TF_OpKernelConstruction_GetAttrBool(construction, "varies", &options->varies, status);
     TF_OpKernelConstruction_GetAttrBool(construction, "is_corrected", &options->is_corrected,
                                         status);
+    TF_OpKernelConstruction_GetAttrBool(construction, "merges", &options->merges, status);
     TF_OpKernelConstruction_GetAttrType(construction, "U", &options->type, status);
     if (TF_GetCode(status)) TF_OpKernelConstruction_Failure(construction, status);
     TF_DeleteStatus(status);
@@ -187,10 +188,12 @@ static void normalize(void *kernel, TF_OpKernelContext *context) {
         double limits[3] = {0};
         for (int i = 0; kept && i < 3; i++) limits[i] = ((float *)data_of(&call, kept + 2))[i];
         char *y = like_input(&call, &shape, type);
-        float *affine = parts_of(context, 1, 3, shape.sums, shape.rank, shape.cells,
+        float *affine = parts_of(context, 1, kept ? 5 : 3, shape.sums, shape.rank, shape.cells,
                                  &call.outputs[1], call.status);
-        float *rest = parts_of(context, 2, kept ? 4 : 2, shape.sums, shape.rank, shape.cells,
-                               &call.outputs[2], call.status);
+        int64_t merged = options->merges ? merged_of(&shape) : 0;
+        if (merged) shape.sums[2] = 1;
+        float *rest = parts_of(context, 2, merged ? 3 : 2, shape.sums, shape.rank,
+                               merged ? merged : shape.cells, &call.outputs[2], call.status);
         is_done = !shape.elements;
         if (!TF_GetCode(call.status) && !is_done)
             is_done = keras_bn_normalize(
@@ -198,19 +201,17 @@ static void normalize(void *kernel, TF_OpKernelContext *context) {
                 is_learned ? data_of(&call, 1) : NULL, is_learned ? data_of(&call, 2) : NULL,
                 options->varies, (double)shape.elements / shape.cells, options->together,
                 options->epsilon, options->is_centered, shape.cells, shape.number, affine, rest,
-                kept ? data_of(&call, kept) : NULL, kept ? data_of(&call, kept + 1) : NULL,
-                kept ? TF_TensorElementCount(call.inputs[kept]) : 0, limits,
-                rest + 2 * shape.cells, 1, (int)options->threads);
+                merged, kept ? data_of(&call, kept) : NULL, kept ? data_of(&call, kept + 1) : NULL,
+                kept ? TF_TensorElementCount(call.inputs[kept]) : 0, limits, 1,
+                (int)options->threads);
     }
     finish(&call, is_done);
 }
 
-/* What is left of sets that were corrected is the last input, with r and d at its end. */
 static void gradients(void *kernel, TF_OpKernelContext *context) {
     const Options *options = kernel;
     Call call = call_of(context);
-    int is_done = 0, rest = options->is_corrected ? TF_NumInputs(context) - 1 : 0;
-    int gamma = rest == 3 ? 0 : 3;
+    int is_done = 0, gamma = TF_NumInputs(context) > 3 ? 3 : 0;
     if (!TF_GetCode(call.status)) {
         TF_Tensor *x = call.inputs[0], *dy = call.inputs[1];
         Shape shape = shape_with(options, x, gamma ? call.inputs[gamma] : NULL, NULL, NULL);
@@ -226,8 +227,7 @@ static void gradients(void *kernel, TF_OpKernelContext *context) {
                 gamma ? data_of(&call, gamma) : NULL, options->varies,
                 (double)shape.elements / shape.cells, options->together, options->is_centered,
                 shape.cells, shape.number, TF_TensorData(call.inputs[2]),
-                rest ? (float *)data_of(&call, rest) + 2 * shape.cells : NULL, learned,
-                (int)options->threads);
+                options->is_corrected, learned, (int)options->threads);
     }
     finish(&call, is_done);
 }
@@ -256,24 +256,6 @@ static void moments(void *kernel, TF_OpKernelContext *context) {
                 data_of(&call, 1), data_of(&call, 2),
                 (double)shape.elements / shape.cells, options->is_centered, shape.cells, found,
                 (int)options->threads);
-    }
-    finish(&call, is_done);
-}
-
-/* Of sets of so many elements, along the first axis. */
-static void merge(void *kernel, TF_OpKernelContext *context) {
-    const Options *options = kernel;
-    Call call = call_of(context);
-    int is_done = 0;
-    if (!TF_GetCode(call.status)) {
-        TF_Tensor *sets = call.inputs[0];
-        Shape shape = shape_with(options, sets, NULL, NULL, NULL);
-        float *found = parts_of(context, 0, 3, shape.sums, shape.rank, shape.cells,
-                                &call.outputs[0], call.status);
-        if (found)
-            is_done = keras_bn_merge(TF_TensorData(sets), data_of(&call, 1), data_of(&call, 2),
-                                     TF_Dim(sets, 0), shape.cells, (double)options->together,
-                                     found, (int)options->threads);
     }
     finish(&call, is_done);
 }
@@ -357,7 +339,7 @@ static void declare(const char *name, const char *const *outputs, int is_backwar
         "T: {float, bfloat16, half}", "U: {float, bfloat16, half} = DT_FLOAT", "N: int >= 0",
         "axes: list(int) = []", "together: int = 1", "epsilon: float = 0.0",
         "is_centered: bool = true", "varies: bool = false", "is_corrected: bool = false",
-        "threads: int", NULL};
+        "merges: bool = false", "threads: int", NULL};
     TF_Status *status = TF_NewStatus();
     TF_OpDefinitionBuilder *definition = TF_NewOpDefinitionBuilder(name);
     TF_OpDefinitionBuilderAddInput(definition, "x: T");
@@ -377,7 +359,6 @@ __attribute__((constructor)) static void declare_all(void) {
     const char *const normalized[] = {"y: U", "affine: float", "rest: float", NULL};
     const char *const slopes[] = {"dx: T", "d_learned: float", NULL};
     declare("KerasBnMoments", sums, 0, moments, infer_nothing);
-    declare("KerasBnMerge", sums, 0, merge, infer_nothing);
     declare("KerasBnProducts", sums, 1, products, infer_nothing);
     declare("KerasBnMap", y, 0, map_by_cells, infer);
     declare("KerasBnCombined", dx, 1, combined, infer);

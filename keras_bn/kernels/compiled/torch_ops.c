@@ -270,27 +270,27 @@ static void normalize(Value *stack, uint64_t inputs, uint64_t outputs) {
     read_list(&call, 2, kept);
     Shape *shape = &call.shape;
     *shape = shape_with(&call, NULL, learned[0].size, NULL, (int64_t)stack[3]);
-    make_like(&call, type_of((int32_t)stack[9]));
-    float *affine = make(&call, 3, shape->sums);
-    float *rest = make(&call, kept->data ? 4 : 2, shape->sums);
+    make_like(&call, type_of((int32_t)stack[10]));
+    float *affine = make(&call, kept->data ? 5 : 3, shape->sums);
+    int64_t merged = truth(&call, 9) ? merged_of(shape) : 0;
+    if (merged) shape->sums[2] = 1;
+    float *rest = make(&call, merged ? 3 : 2, shape->sums);
     int is_done = 0;
     while (!is_done && is_worth_a_try(&call))
         is_done = keras_bn_normalize(
             shape->rank, shape->dims, x->data, x->type, y->data, y->type, learned[0].data,
             learned[1].data, truth(&call, 4), (double)shape->elements / shape->cells,
             (int64_t)stack[5], real(&call, 6), truth(&call, 7), shape->cells, shape->number, affine,
-            rest, kept[0].data, kept[1].data, elements_of(&kept[0]), kept[2].data,
-            rest + 2 * shape->cells, truth(&call, 8), threads());
+            rest, merged, kept[0].data, kept[1].data, elements_of(&kept[0]), kept[2].data,
+            truth(&call, 8), threads());
     finish(&call, is_done);
 }
 
 static void gradients(Value *stack, uint64_t inputs, uint64_t outputs) {
     Call call = call_of(stack);
     Array *x = &call.big[X], *dy = &call.big[DY], *dx = &call.big[Y], affine, gamma[IN_LIST];
-    Array rest[IN_LIST]; /* what is left of sets that were corrected, with r and d last */
     *dy = given(&call, 1), affine = given(&call, 2);
     read_list(&call, 3, gamma);
-    read_list(&call, 4, rest);
     Shape *shape = &call.shape;
     *shape = shape_with(&call, affine.size + 1, gamma[0].size, NULL, 0);
     make_like(&call, x->type);
@@ -302,9 +302,9 @@ static void gradients(Value *stack, uint64_t inputs, uint64_t outputs) {
     while (!is_done && is_worth_a_try(&call))
         is_done = keras_bn_gradients(
             shape->rank, shape->dims, x->data, x->type, dy->data, dy->type, dx->data, dx->type,
-            gamma[0].data, truth(&call, 5), (double)shape->elements / shape->cells,
-            (int64_t)stack[6], truth(&call, 7), shape->cells, shape->number, affine.data,
-            rest[0].data ? (float *)rest[0].data + 2 * shape->cells : NULL, found, threads());
+            gamma[0].data, truth(&call, 4), (double)shape->elements / shape->cells,
+            (int64_t)stack[5], truth(&call, 6), shape->cells, shape->number, affine.data,
+            !call.has_failed && affine.size[0] == 5, found, threads());
     finish(&call, is_done);
 }
 
@@ -389,19 +389,6 @@ static void combined(Value *stack, uint64_t inputs, uint64_t outputs) {
     finish(&call, is_done);
 }
 
-static void merged(Value *stack, uint64_t inputs, uint64_t outputs) {
-    Call call = call_of(stack);
-    Array *center = &call.big[X], offset = given(&call, 1), m2 = given(&call, 2);
-    Shape *shape = &call.shape;
-    *shape = shape_with(&call, NULL, NULL, NULL, 1);
-    float *found = make(&call, 3, shape->sums);
-    int is_done = 0;
-    if (!call.has_failed)
-        is_done = keras_bn_merge(center->data, offset.data, m2.data, center->size[0], shape->cells,
-                                 (double)(int64_t)stack[3], found, threads());
-    finish(&call, is_done);
-}
-
 static void moved(Value *stack, uint64_t inputs, uint64_t outputs) {
     Call call = call_of(stack);
     Array *mean = &call.big[X], variance = given(&call, 1), center = given(&call, 2);
@@ -437,7 +424,7 @@ int keras_bn_implement_for_torch(void *library, const char *ending) {
         Operation *operation;
     } each[] = {{"normalize", normalize}, {"gradients", gradients}, {"moments", moments},
                 {"products", products}, {"mapped_products", mapped_products}, {"mapped", mapped},
-                {"combined", combined}, {"merged", merged}, {"moved", moved}};
+                {"combined", combined}, {"moved", moved}};
     static char known[32];
     Library *ours;
     if (!strcmp(known, ending)) return 1;

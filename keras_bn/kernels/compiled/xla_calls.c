@@ -131,7 +131,8 @@ static int type_of(const Buffer *buffer) {
 /* ---- Each returns 1, or 0 where there are too many axes, or no memory for sums. */
 
 typedef struct {
-    int64_t mask, together, is_centered, is_given, varies, is_training, is_corrected, threads;
+    int64_t mask, together, is_centered, is_given, varies, is_training, is_corrected, merges;
+    int64_t threads;
 } Numbers;
 
 typedef struct {
@@ -186,15 +187,6 @@ static int moments(const Frame *frame) {
                             result(frame, 0), (int)call.is.threads);
 }
 
-/* Pivots, offsets and m2 of sets of so many elements, along the first axis; of all together. */
-static int merge(const Frame *frame) {
-    const Buffer *sets = frame->operands.buffers[0];
-    const Numbers *is = attribute(frame, "numbers");
-    int64_t number = sets->dims[0], columns = number ? elements_of(sets) / number : 0;
-    return keras_bn_merge(operand(frame, 0), operand(frame, 1), operand(frame, 2), number, columns,
-                          (double)is->together, result(frame, 0), (int)is->threads);
-}
-
 /* x, dy and centers; Σ dy and Σ dy·(x - center). */
 static int products(const Frame *frame) {
     Call call = call_of(frame, 2, 0, 0);
@@ -228,42 +220,40 @@ static int combined(const Frame *frame) {
                              operand(frame, 4), operand(frame, 5), NULL, (int)call.is.threads);
 }
 
-/* x, gamma and beta, and maybe what to correct towards, with the limits; y, maps, and the rest of
-   what `keras_bn_normalize` gives. */
+/* x, gamma and beta, and maybe what to correct towards, with the limits; y, and what
+   `keras_bn_normalize` writes into affine and rest. */
 static int normalize(const Frame *frame) {
     Call call = call_of(frame, 0, 1, 0);
     const Shape *of = &call.shape;
     int kept = !call.is.is_corrected ? 0 : call.is.is_given ? 3 : 1;
     double limits[3] = {0};
     for (int i = 0; kept && i < 3; i++) limits[i] = ((float *)operand(frame, kept + 2))[i];
-    float *rest = result(frame, 2);
     return is_empty(&call)
         || keras_bn_normalize(of->rank, of->dims, operand(frame, 0), call.x_type, result(frame, 0),
                               type_of(frame->results.buffers[0]), further(&call, 1),
                               further(&call, 2), (int)call.is.varies, call.count,
                               call.is.together, call.epsilon, (int)call.is.is_centered, of->cells,
-                              of->number, result(frame, 1), rest,
+                              of->number, result(frame, 1), result(frame, 2),
+                              call.is.merges ? merged_of(of) : 0,
                               kept ? operand(frame, kept) : NULL,
                               kept ? operand(frame, kept + 1) : NULL,
                               kept ? elements_of(frame->operands.buffers[kept]) : 0, limits,
-                              rest + 2 * of->cells, (int)call.is.is_training,
-                              (int)call.is.threads);
+                              (int)call.is.is_training, (int)call.is.threads);
 }
 
-/* x, dy, maps and gamma, and of sets that were corrected the rest, with r and d last; dx, and the
-   gradients of beta and gamma. */
+/* x, dy, what `keras_bn_normalize` wrote into affine, and gamma; dx, and the gradients of beta and
+   gamma. */
 static int gradients(const Frame *frame) {
     Call call = call_of(frame, 0, 3, 0);
     const Shape *of = &call.shape;
-    int rest = !call.is.is_corrected ? 0 : call.is.is_given ? 4 : 3;
     return is_empty(&call)
         || keras_bn_gradients(of->rank, of->dims, operand(frame, 0), call.x_type,
                               operand(frame, 1), type_of(frame->operands.buffers[1]),
                               result(frame, 0), call.x_type, further(&call, 3),
                               (int)call.is.varies, call.count, call.is.together,
                               (int)call.is.is_centered, of->cells, of->number, operand(frame, 2),
-                              rest ? (float *)operand(frame, rest) + 2 * of->cells : NULL,
-                              result(frame, 1), (int)call.is.threads);
+                              (int)call.is.is_corrected, result(frame, 1),
+                              (int)call.is.threads);
 }
 
 static Error *called(Frame *frame, int (*body)(const Frame *)) {
@@ -279,7 +269,6 @@ static Error *called(Frame *frame, int (*body)(const Frame *)) {
 }
 
 Error *keras_bn_xla_moments(Frame *frame) { return called(frame, moments); }
-Error *keras_bn_xla_merge(Frame *frame) { return called(frame, merge); }
 Error *keras_bn_xla_products(Frame *frame) { return called(frame, products); }
 Error *keras_bn_xla_map(Frame *frame) { return called(frame, map_by_cells); }
 Error *keras_bn_xla_combined(Frame *frame) { return called(frame, combined); }
@@ -293,7 +282,6 @@ void keras_bn_register_calls(void) {
         const char *name;
         Error *(*handler)(Frame *);
     } calls[] = {{"keras_bn_moments", keras_bn_xla_moments},
-                 {"keras_bn_merge", keras_bn_xla_merge},
                  {"keras_bn_products", keras_bn_xla_products},
                  {"keras_bn_map", keras_bn_xla_map},
                  {"keras_bn_combined", keras_bn_xla_combined},

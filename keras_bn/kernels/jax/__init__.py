@@ -2,29 +2,18 @@
 
 import functools
 
-import jax.numpy as jnp
-
 from keras_bn.core.affine import Learned
-from keras_bn.core.moments import Moments, merge_equal
+from keras_bn.core.moments import Moments
 from keras_bn.kernels import normalization
 from keras_bn.kernels.jax import compiled, parts
 from keras_bn.kernels.jax.parts import apply, moments
 from keras_bn.kernels.normalization import Plan
 from keras_bn.types import Tensor
 
-__all__ = ["apply", "has_passes", "merged", "moments", "normalize"]
+__all__ = ["apply", "has_passes", "moments", "normalize"]
 
 has_passes = compiled.has_passes
 _in_one = functools.partial(normalization.in_one, parts)
-
-
-def merged(sets: Moments) -> Tensor | None:
-    """Return pivot, offset and m2 of sets of one size along the first axis, all together."""
-    return compiled.merged(_merged, sets)
-
-
-def _merged(sets: Moments) -> Tensor:
-    return jnp.stack(merge_equal(sets, moments)[1:])
 
 
 def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Moments]:

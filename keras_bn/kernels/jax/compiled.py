@@ -65,21 +65,6 @@ def moments(plain: Callable[..., Tensor], x: Tensor, axes: Axes, *counted: Tenso
     return found
 
 
-def merged(plain: Callable[..., Tensor], sets: Moments) -> Tensor | None:
-    """Return pivot, offset and m2 of sets of one size along the first axis, all together.
-
-    Args:
-        plain: The same in plain JAX.
-        sets: Their moments.
-    """
-    parts = jax.lax.stop_gradient(sets[1:])
-    if not serves(*parts) or any(part.dtype != jnp.float32 for part in parts):
-        return None
-    found: Tensor
-    (found,) = _merge.bind(*parts, plain=plain, how=How((0,), together=sets.count))
-    return found
-
-
 def normalize(
     plain: Callable[..., Any], x: Tensor, learned: Learned, plan: Plan
 ) -> tuple[Tensor, Moments] | None:
@@ -99,7 +84,7 @@ def normalize(
     if not all(_is_taken(part, sums, how) for part in learned.given):
         return None
     y, *found = _whole((plain, how), x, learned, kept)
-    return y, Moments(x.size // math.prod(sums) * how.together, *found)
+    return y, Moments(x.size // math.prod(sums) * plan.cells(x), *found)
 
 
 # Where nothing is traced, each operation would take longer than the passes do with a small input.
@@ -108,7 +93,7 @@ def _whole(what: tuple[Any, How], x: Tensor, learned: Learned, kept: list[Tensor
     """Return y, pivots, offsets and m2."""
     y, affine, rest = _normalized(what, x, *_filled(learned), *kept)
     affine, rest = jax.lax.stop_gradient((affine, rest))
-    return y, affine[0], rest[0], rest[1]
+    return y, *(rest if what[1].merges else (affine[0], *rest))
 
 
 def _filled(learned: Learned) -> list[Tensor]:
@@ -152,7 +137,7 @@ def _normalized_jvp(what: tuple[Any, How], primals: Any, tangents: Any) -> Any:
     how = how._replace(is_training=True)
     y, affine, rest = _normalized((plain, how), *primals)
     if how.is_corrected:
-        primals, tangents = _composed(primals[:-3], tangents[:-3], rest[2], rest[3])
+        primals, tangents = _composed(primals[:-3], tangents[:-3], affine[3], affine[4])
         how = how._replace(is_corrected=False)
     (dy,) = _movement.bind(*primals, affine, *tangents, plain=plain, how=how)
     return (y, affine, rest), (dy, jnp.zeros_like(affine), jnp.zeros_like(rest))
@@ -175,10 +160,6 @@ def _plain_y(plain: Any, how: How, x: Tensor, *learned: Tensor) -> Tensor:
 
 def _plain_moments(plain: Any, how: How, *inputs: Tensor) -> Any:
     return (plain(how.axes, *inputs),)
-
-
-def _plain_merge(plain: Any, how: How, *sets: Any) -> Any:
-    return (plain(Moments(how.together, *sets)),)
 
 
 def _plain_normalize(plain: Any, how: How, *inputs: Tensor) -> Any:
@@ -209,7 +190,7 @@ def _columns(x: Any, learned: Any) -> Axes:
 
 def _call(how: How, **options: bool) -> dict[str, Any]:
     """Return what xla_calls.c reads."""
-    options |= {"varies": how.varies, "is_corrected": how.is_corrected}
+    options |= {"varies": how.varies, "is_corrected": how.is_corrected, "merges": how.merges}
     given = numbers(how.axes, how.together, how.is_centered, **options)
     return {"numbers": np.array(given, np.int64), "epsilon": np.array([how.epsilon])}
 
@@ -233,20 +214,10 @@ _moments = operation(
     lambda how, x, *_: [((3, *_sums(how, x)), jnp.float32)],
     _call_moments,
 )
-_merge = operation(
-    "merge",
-    _plain_merge,
-    lambda how, x, *_: [((3, *_sums(how, x)), jnp.float32)],
-    lambda how, *_: _call(how),
-)
 _normalize = operation(
     "normalize",
     _plain_normalize,
-    lambda how, x, *_: [
-        (x.shape, how.dtype),
-        ((3, *_sums(how, x)), jnp.float32),
-        ((4 if how.is_corrected else 2, *_sums(how, x)), jnp.float32),
-    ],
+    lambda how, x, *_: how.results(x),
     _call_normalize,
 )
 _movement = operation("movement", _plain_movement, lambda how, x, *_: [(x.shape, how.dtype)])

@@ -4,6 +4,6 @@ from keras_bn.kernels.steps import Kernel
 from keras_bn.kernels.tensorflow import compiled, passes
 from keras_bn.kernels.tensorflow.autograd import run
 
-harmless, has_passes, merged = passes.harmless, compiled.has_passes, compiled.merged
+harmless, has_passes = passes.harmless, compiled.has_passes
 _kernel = Kernel(passes, run)
 moments, apply, normalize = _kernel.moments, _kernel.apply, _kernel.normalize

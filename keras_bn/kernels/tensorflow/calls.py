@@ -21,15 +21,14 @@ Type = tuple[str, Sizes]
 # How many inputs a call has without gamma, beta or weights.
 _LEAST = {
     "moments": 1,
-    "merge": 3,
     "products": 3,
     "map": 4,
     "combined": 6,
     "normalize": 1,
     "gradients": 3,
 }
-# How many more it has, after those, of sets that are corrected.
-_OF_CORRECTED = {"normalize": 3, "gradients": 1}
+# How many more it has, after those, of sets that are to be corrected.
+_OF_CORRECTED = {"normalize": 3}
 _NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 # Of what XlaCallModule takes; from here on it fills in shapes where it is asked to.
 _VERSION = 9

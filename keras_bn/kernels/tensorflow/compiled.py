@@ -37,6 +37,7 @@ _DEFAULTS = {
     "is_centered": True,
     "varies": False,
     "is_corrected": False,
+    "merges": False,
 }
 
 
@@ -130,15 +131,13 @@ def normalize(
     how, given = how_of(learned, plan), [x, *parts, *kept]
     y, affine, rest = _either(plain, _normalized, how, *given)
     # An index takes eager TensorFlow 2.21 several times as long.
-    (center, *_), (offset, m2, *_) = tf.unstack(affine), tf.unstack(rest)
-    moments = Moments(number(x, how.axes) * how.together, center, offset, m2)
-    return y, moments, Whole(affine, rest if how.is_corrected else None)
+    parts = tf.unstack(rest) if how.merges else [tf.unstack(affine)[0], *tf.unstack(rest)]
+    return y, Moments(number(x, how.axes) * plan.cells(x), *parts), Whole(affine)
 
 
 def _normalized(how: How, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    sums, rows = _sums(x, how.axes), 4 if how.is_corrected else 2
-    results = [(how.dtype, x.shape), ("float32", [3, *sums]), ("float32", [rows, *sums])]
-    options = {"epsilon": how.epsilon, **_options(how)}
+    results = [(dtype, shape) for shape, dtype in how.results(x)]
+    options = {"epsilon": how.epsilon, "merges": how.merges, **_options(how)}
     return tuple(_call("normalize", [x], [*others], results, **options))
 
 
@@ -152,11 +151,10 @@ def gradients(
     if parts is None:  # of sets whose number is not known
         return None
     columns = parts[0].shape if parts else [1] * x.shape.rank
-    rest = [] if whole.rest is None else [whole.rest]
     dx, found = _call(
         "gradients",
         [x, tf.cast(dy, plan.dtype)],
-        [whole.affine, *parts[:1], *rest],
+        [whole.affine, *parts[:1]],
         [(x.dtype.name, x.shape), ("float32", [2, *columns])],
         **_options(how_of(learned, plan)),
     )
@@ -193,18 +191,6 @@ def moments(
 def _moments(how: How, x: Tensor, *counted: Tensor) -> Tensor:
     results = [("float32", [3, *_sums(x, how.axes)])]
     return _call("moments", [x], [*counted], results, axes=how.axes)[0]
-
-
-def merged(sets: Moments) -> list[Tensor] | None:
-    """Return pivot, offset and m2 of sets of one size along the first axis, all together."""
-    parts = _alike(sets.pivot, *sets[1:])
-    if parts is None or is_for_export() or not _serves(sets.pivot):
-        return None
-    results = [("float32", [3, *_sums(sets.pivot, (0,))])]
-    # No derivative goes through the moments of a whole normalization.
-    parts = [tf.stop_gradient(part) for part in parts]
-    options = {"axes": (0,), "together": sets.count}
-    return list(tf.unstack(*_call("merge", parts[:1], parts[1:], results, **options)))
 
 
 def products(x: Tensor, dy: Tensor, center: Tensor, axes: Axes) -> list[Tensor] | None:

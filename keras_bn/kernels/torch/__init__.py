@@ -14,13 +14,12 @@ __all__ = [
     "hold",
     "is_compiling",
     "known_number",
-    "merged",
     "moments",
     "moved",
     "normalize",
 ]
 
-harmless, merged, moved = passes.harmless, compiled.merged, compiled.moved
+harmless, moved = passes.harmless, compiled.moved
 is_compiling = torch.compiler.is_compiling
 _kernel = Kernel(passes, run)
 moments, apply, normalize = _kernel.moments, _kernel.apply, _kernel.normalize

@@ -119,7 +119,7 @@ def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Any, Who
         return None
     y, affine, rest = operations.normalize(
         x, columns.parts, kept, mask_of(axes), columns.varies, together, plan.epsilon,
-        plan.pooling.is_centered, x.requires_grad, dtype,
+        plan.pooling.is_centered, x.requires_grad, plan.merges, dtype,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         # Keras sets a mask on it, which torch 2.13 forbids on one of several results.
@@ -127,17 +127,8 @@ def normalize(x: Tensor, learned: Learned, plan: Plan) -> tuple[Tensor, Any, Who
     if plan.is_alone:
         return y, None, Whole(affine)
     size = math.prod([x.shape[axis] for axis in axes])
-    (center, *_), (offset, m2, *_) = affine.unbind(), rest.unbind()
-    moments = Moments(size * together, center, offset, m2)
-    return y, moments, Whole(affine, rest if kept else None)
-
-
-def merged(sets: Moments) -> list[Tensor] | None:
-    """Return pivot, offset and m2 of sets of one size along the first axis, all together."""
-    parts = _dense(*sets[1:])
-    if not _serves_compiled(sets.pivot) or parts is None or is_transformed(*parts):
-        return None
-    return list(operations.merged(*[part.detach() for part in parts], sets.count).unbind())
+    parts = rest.unbind() if plan.merges else (affine[0], *rest.unbind())
+    return y, Moments(size * plan.cells(x), *parts), Whole(affine)
 
 
 def moved(mean: Tensor, variance: Tensor, batch: Moments, average: Average) -> Any:
@@ -173,9 +164,8 @@ def gradients(
         gamma = torch.ones_like(beta)
     are_varied, together = varies(learned, plan.pooling.axes), plan.pooling.together or 1
     given = [] if gamma is None else [gamma.contiguous()]
-    rest = [] if whole.rest is None else [whole.rest]
     dx, found = operations.gradients(
-        x, dy, whole.affine, given, rest, are_varied, together, plan.pooling.is_centered
+        x, dy, whole.affine, given, are_varied, together, plan.pooling.is_centered
     )
     pairs = zip((found[1], found[0]), learned, strict=True)
     return dx, *[gradient for gradient, part in pairs if part is not None]

@@ -1,8 +1,8 @@
 """The compiled passes as operations of PyTorch, on tensors in the CPU's memory.
 
 What each does is in kernels/compiled/torch_ops.c; here is what it takes and gives. In compiled code
-they are what PyTorch's compiler takes as it is: a whole normalization, its gradients, and the
-merging of sets. Sums and maps by themselves it joins with what is around them.
+PyTorch's compiler takes a whole normalization and its gradients as they are. Sums and maps by
+themselves it joins with what is around them.
 """
 
 import ctypes
@@ -70,24 +70,25 @@ def _parts(number: int, of: Any, x: Tensor) -> Tensor:
 
 @_operation(
     "(Tensor x, Tensor[] learned, Tensor[] kept, int axes, bool varies, SymInt together,"
-    " float epsilon, bool is_centered, bool is_training, ScalarType dtype)"
+    " float epsilon, bool is_centered, bool is_training, bool merges, ScalarType dtype)"
     " -> (Tensor, Tensor, Tensor)"
 )
 def normalize(x: Tensor, learned: Any, kept: Any, axes: int, *options: Any) -> Any:
-    """Make y; center, scale and shift of each cell; offsets, m2, and r and d."""
+    """Make y; center, scale and shift, r and d of each cell; what `normalization.in_one` says."""
     # Of what is learned gamma and beta or nothing; of what sets are corrected towards means and
     # variances, and the limits, or nothing.
     sums = _without(axes, x)
-    y = torch.empty_like(x, dtype=options[-1])
-    return y, _parts(3, sums, x), _parts(4 if kept else 2, sums, x)
+    *_, merges, dtype = options
+    rest = _parts(3, (1, 1, *sums[2:]), x) if merges else _parts(2, sums, x)
+    return torch.empty_like(x, dtype=dtype), _parts(5 if kept else 3, sums, x), rest
 
 
 @_operation(
-    "(Tensor x, Tensor dy, Tensor affine, Tensor[] gamma, Tensor[] rest, bool varies,"
-    " SymInt together, bool is_centered) -> (Tensor, Tensor)"
+    "(Tensor x, Tensor dy, Tensor affine, Tensor[] gamma, bool varies, SymInt together,"
+    " bool is_centered) -> (Tensor, Tensor)"
 )
 def gradients(x: Tensor, dy: Tensor, affine: Tensor, gamma: Any, *options: Any) -> Any:
-    """Make dx; the gradients of beta and gamma. Of sets that were corrected the rest is given."""
+    """Make dx; the gradients of beta and gamma."""
     columns = gamma[0].shape if gamma else (1,) * x.ndim
     return torch.empty_like(x), _parts(2, columns, x)
 
@@ -129,12 +130,6 @@ def mapped(x: Tensor, *others: Any) -> Any:
 def combined(x: Tensor, *others: Any) -> Any:
     """Make gamma·dy·factor + w·((x - center)·slope + level), in the dtype of x."""
     return torch.empty_like(x)
-
-
-@_operation("(Tensor center, Tensor offset, Tensor m2, SymInt count) -> Tensor")
-def merged(center: Tensor, *others: Any) -> Any:
-    """Make pivots, offsets and m2 of sets of a number of elements, in rows, all together."""
-    return _parts(3, (1, *center.shape[1:]), center)
 
 
 @_operation(
