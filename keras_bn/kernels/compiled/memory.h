@@ -84,10 +84,18 @@ INLINED void narrow(char *data, int type, int64_t n, const float *wide) {
 #endif
 }
 
-/* Copy up to n bytes past the caches, 16 at a time, to where memory is aligned to as many. Return how
-   many. */
+/* Copy up to n bytes past the caches, as many at a time as a register has and memory is aligned to, 16
+   at least. Return how many. */
 INLINED int64_t stream(char *target, const char *source, int64_t n) {
     int64_t i = 0;
+#ifdef __AVX512F__
+    for (; (uintptr_t)target % 64 == 0 && i + 64 <= n; i += 64)
+        _mm512_stream_si512((void *)(target + i), _mm512_loadu_si512(source + i));
+#endif
+#ifdef __AVX__
+    for (; (uintptr_t)target % 32 == 0 && i + 32 <= n; i += 32)
+        _mm256_stream_si256((void *)(target + i), _mm256_loadu_si256((const void *)(source + i)));
+#endif
 #ifdef __SSE2__
     for (; i + 16 <= n; i += 16)
         _mm_stream_si128((__m128i *)(target + i), _mm_loadu_si128((const __m128i *)(source + i)));
@@ -97,15 +105,9 @@ INLINED int64_t stream(char *target, const char *source, int64_t n) {
     return i;
 }
 
-/* Copy n bytes to memory that nobody reads soon, past the caches: these would fetch it first. Whole
-   lines of a cache, 64 bytes, go fastest. */
+/* Copy n bytes to memory that nobody reads soon, past the caches: these would fetch it first. */
 INLINED void copy_past_caches(char *target, const char *source, int64_t n) {
-    int64_t i = 0;
-#ifdef __AVX512F__
-    for (; (uintptr_t)target % CACHE_LINE == 0 && i + CACHE_LINE <= n; i += CACHE_LINE)
-        _mm512_stream_si512((void *)(target + i), _mm512_loadu_si512(source + i));
-#endif
-    if ((uintptr_t)target % 16 == 0) i += stream(target + i, source + i, n - i);
+    int64_t i = (uintptr_t)target % 16 == 0 ? stream(target, source, n) : 0;
     memcpy(target + i, source + i, (size_t)(n - i));
 }
 

@@ -109,7 +109,7 @@ def normalize(
     learned: Learned,
     plan: Plan,
     number: Callable[[Tensor, Axes], Tensor],
-) -> tuple[Tensor, Moments, Whole] | None:
+) -> tuple[Tensor, Moments | None, Whole] | None:
     """Return y, the moments, and the map of each cell, which the gradient needs.
 
     Args:
@@ -120,7 +120,7 @@ def normalize(
         number: Gives the number of elements along some axes.
 
     Returns:
-        All three, or None.
+        All three, without the moments where y is all that is asked for; or None.
     """
     if not _serves(x, plan.dtype):
         return None
@@ -130,6 +130,8 @@ def normalize(
         return None
     how, given = how_of(learned, plan), [x, *parts, *kept]
     y, affine, rest = _either(plain, _normalized, how, *given)
+    if plan.is_alone:
+        return y, None, Whole(affine)
     # An index takes eager TensorFlow 2.21 several times as long.
     parts = tf.unstack(rest) if how.merges else [tf.unstack(affine)[0], *tf.unstack(rest)]
     return y, Moments(number(x, how.axes) * plan.cells(x), *parts), Whole(affine)
