@@ -47,7 +47,7 @@ class Plan(NamedTuple):
     merges: bool = False
 
     def cells(self, x: Tensor) -> int:
-        """Return of how many cells there are moments at once."""
+        """Return how many cells have their moments together."""
         number: int = (self.pooling.together or 1) * (x.shape[1] if self.merges else 1)
         return number
 

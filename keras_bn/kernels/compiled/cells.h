@@ -206,7 +206,7 @@ INLINED void weigh_all(Job *job, int64_t from, int64_t to, int are_sets) {
 }
 
 /* Turn the sums of cells into slopes and levels by the sums of their sets. */
-static void share(Job *job, int64_t from, int64_t to) {
+static void share_sums(Job *job, int64_t from, int64_t to) {
     double share = 1 / (job->count * job->together), centered = job->is_centered ? share : 0;
     for (int64_t set = from; set < to; set += job->together) {
         double first = 0, second = 0;
@@ -226,7 +226,7 @@ static void finish_gradients(Job *job, int64_t from, int64_t to, int part) {
         return;
     }
     weigh_all(job, from, to, 0);
-    share(job, from, to);
+    share_sums(job, from, to);
 }
 
 /* Add the sums of some cells, Σ dy and Σ dy·(r·z + d), to those of some columns. */
