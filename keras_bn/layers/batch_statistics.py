@@ -56,14 +56,14 @@ class BatchStatistics(Normalization):
     ) -> Tensor:
         """Return the normalized input; in training, update what is kept."""
         x, weights = self._prepared(inputs, mask)
-        dtype = self._statistics_dtype(x)
         if not (training and self.trainable):
-            return kernels.apply(x, self._stored(dtype), self.compute_dtype)
+            stored = self._stored(self._statistics_dtype(x))
+            return kernels.apply(x, stored, self.compute_dtype)
         axes = reduced_axes(len(x.shape), self._kept)
         ghosts, across = self._ghosts(x), self._across()
         # A size that is not known, None, may be 0.
         may_be_empty = weights is not None or not all(x.shape)
-        kept = self._kept_moments(dtype) if may_be_empty else None
+        kept = self._kept_moments(self._statistics_dtype(x)) if may_be_empty else None
         if ghosts is not None:
             y, batch = self._normalized_ghosts(x, ghosts, Pooling(axes, weights), kept)
             batch = batch if across is None else across(batch)

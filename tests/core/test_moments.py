@@ -111,12 +111,13 @@ def by_moments_of_means(size: int, x: np.ndarray, mode: str) -> Any:
 def by_normalizing(size: int, x: np.ndarray, mode: str) -> Any:
     """Return what a kernel gives that normalizes the parts."""
 
+    dtype = x.dtype.name
+
     def merged(x: Any) -> Moments:
         pooling, learned = Pooling((0,)), Learned(None, None)
-        return kernels.normalize(x, pooling, learned, 1e-3, "float32", merges=True)[1]
+        return kernels.normalize(x, pooling, learned, 1e-3, dtype, merges=True)[1]
 
-    split = x.astype("float32").reshape(size, ROWS // size, -1)
-    count, *together = modes.call(mode, merged, [split])
+    count, *together = modes.call(mode, merged, [x.reshape(size, ROWS // size, -1)])
     return count, *(part[0] for part in together)
 
 
@@ -126,13 +127,22 @@ def by_normalizing(size: int, x: np.ndarray, mode: str) -> Any:
     [
         (size, mode)
         for mode in modes.MODES
-        for size in ([4, 300] if mode == "compile" else [1, 4, 60, 300, 600])
+        for size in ([4, 300] if mode == "compile" else [1, 4, 8, 60, 300, 600])
         if "unknown" not in mode
     ],
 )
 def test_merged_parts_of_one_size_are_the_whole(size, mode, merged):
-    x = np.tile(data()[0], 200)  # so that threads share the work
+    x = np.tile(data()[0], 200).astype("float32")  # so that threads share the work
     count, *together = merged(size, x, mode)
+    assert share(Moments(int(count), *together), reference.moments(x, (0,))) <= 1
+
+
+@pytest.mark.parametrize("mode", modes.EXTREMES)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("size", [4, 8])
+def test_merged_parts_of_half_precision_are_the_whole(size, dtype, mode):
+    x = hard.channels((ROWS, 2048), 1, dtype)
+    count, *together = by_normalizing(size, x, mode)
     assert share(Moments(int(count), *together), reference.moments(x, (0,))) <= 1
 
 

@@ -41,7 +41,11 @@ static Shape shape_of(int rank, const int64_t *size, const int64_t *cell, const 
     return shape;
 }
 
-/* Return how many sums there are along all axes but the second, those along which are merged. */
-static int64_t merged_of(const Shape *shape) { return shape->cells / shape->sums[2]; }
+/* Leave out of the sums the second axis, along which sets are merged; return how many are left. */
+static int64_t merge_sets(Shape *shape) {
+    int64_t sets = shape->sums[2];
+    shape->sums[2] = 1;
+    return shape->cells / sets;
+}
 
 #endif

@@ -190,8 +190,7 @@ static void normalize(void *kernel, TF_OpKernelContext *context) {
         char *y = like_input(&call, &shape, type);
         float *affine = parts_of(context, 1, kept ? 5 : 3, shape.sums, shape.rank, shape.cells,
                                  &call.outputs[1], call.status);
-        int64_t merged = options->merges ? merged_of(&shape) : 0;
-        if (merged) shape.sums[2] = 1;
+        int64_t merged = options->merges ? merge_sets(&shape) : 0;
         float *rest = parts_of(context, 2, merged ? 3 : 2, shape.sums, shape.rank,
                                merged ? merged : shape.cells, &call.outputs[2], call.status);
         is_done = !shape.elements;

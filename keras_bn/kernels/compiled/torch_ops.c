@@ -272,8 +272,7 @@ static void normalize(Value *stack, uint64_t inputs, uint64_t outputs) {
     *shape = shape_with(&call, NULL, learned[0].size, NULL, (int64_t)stack[3]);
     make_like(&call, type_of((int32_t)stack[10]));
     float *affine = make(&call, kept->data ? 5 : 3, shape->sums);
-    int64_t merged = truth(&call, 9) ? merged_of(shape) : 0;
-    if (merged) shape->sums[2] = 1;
+    int64_t merged = truth(&call, 9) ? merge_sets(shape) : 0;
     float *rest = make(&call, merged ? 3 : 2, shape->sums);
     int is_done = 0;
     while (!is_done && is_worth_a_try(&call))

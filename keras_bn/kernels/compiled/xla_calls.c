@@ -234,7 +234,7 @@ static int normalize(const Frame *frame) {
                               further(&call, 2), (int)call.is.varies, call.count,
                               call.is.together, call.epsilon, (int)call.is.is_centered, of->cells,
                               of->number, result(frame, 1), result(frame, 2),
-                              call.is.merges ? merged_of(of) : 0,
+                              call.is.merges ? merge_sets(&call.shape) : 0,
                               kept ? operand(frame, kept) : NULL,
                               kept ? operand(frame, kept + 1) : NULL,
                               kept ? elements_of(frame->operands.buffers[kept]) : 0, limits,

@@ -5,7 +5,7 @@ import torch
 from keras_bn.kernels.steps import Kernel
 from keras_bn.kernels.torch import compiled, passes
 from keras_bn.kernels.torch.autograd import run
-from keras_bn.kernels.torch.tracing import is_memory, is_transformed, takes_operations
+from keras_bn.kernels.torch.tracing import are_memory, is_transformed, takes_operations
 from keras_bn.types import Tensor
 
 __all__ = [
@@ -27,7 +27,7 @@ moments, apply, normalize = _kernel.moments, _kernel.apply, _kernel.normalize
 
 def known_number(x: Tensor) -> Tensor | int:
     """Return a whole number as one of Python, where it is there to be read."""
-    return int(x) if is_memory(x) and not is_transformed() else x
+    return int(x) if are_memory(x) and not is_transformed() else x
 
 
 def hold(x: Tensor) -> Tensor:

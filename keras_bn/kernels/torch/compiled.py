@@ -12,7 +12,7 @@ from keras_bn.kernels.compiled import RANK, are_in_turn, corrected, mask_of
 from keras_bn.kernels.normalization import Plan, Whole, varies
 from keras_bn.kernels.torch import operations
 from keras_bn.kernels.torch.operations import DTYPES, sums_of
-from keras_bn.kernels.torch.tracing import is_memory, is_transformed, takes_operations
+from keras_bn.kernels.torch.tracing import are_memory, is_transformed, takes_operations
 from keras_bn.types import Tensor
 
 Axes = tuple[int, ...]
@@ -20,7 +20,7 @@ Axes = tuple[int, ...]
 
 def serves(x: Tensor) -> bool:
     """Say whether the passes take a tensor."""
-    return _is_known(x) and is_memory(x)
+    return _is_known(x) and are_memory(x)
 
 
 def _is_known(x: Tensor) -> bool:
@@ -29,7 +29,7 @@ def _is_known(x: Tensor) -> bool:
 
 def _serves_compiled(x: Tensor) -> bool:
     """Say whether the passes take a tensor, in compiled code too."""
-    return _is_known(x) and (is_memory(x) or (x.is_cpu and takes_operations()))
+    return _is_known(x) and (are_memory(x) or (x.is_cpu and takes_operations()))
 
 
 def moments(
@@ -146,12 +146,10 @@ def moved(mean: Tensor, variance: Tensor, batch: Moments, average: Average) -> A
 def _are_rows(first: Tensor, *others: Tensor) -> bool:
     """Say whether tensors are as many elements in the order of memory, as the passes take them."""
     number = first.numel()
-    return first.dtype in DTYPES and all(
-        part.dtype == torch.float32
-        and part.numel() == number
-        and part.is_contiguous()
-        and is_memory(part)
-        for part in (first, *others)
+    parts = (first, *others)
+    return are_memory(*parts) and all(
+        part.dtype == torch.float32 and part.numel() == number and part.is_contiguous()
+        for part in parts
     )
 
 

@@ -19,15 +19,13 @@ def takes_operations() -> bool:
     )
 
 
-def is_memory(x: Tensor) -> bool:
-    """Say whether a tensor is memory of the CPU, and nobody else looks at what is done with it."""
+def are_memory(*tensors: Tensor) -> bool:
+    """Say whether tensors are memory of the CPU, and nobody else looks at what is done with it."""
     return (
         not torch.compiler.is_compiling()
         and _get_tracing_state() is None
         and not _len_torch_dispatch_stack()
-        and x.is_cpu
-        and type(x) in _plain
-        and not x.is_neg()
+        and all(x.is_cpu and type(x) in _plain and not x.is_neg() for x in tensors)
     )
 
 
