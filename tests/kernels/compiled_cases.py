@@ -27,6 +27,8 @@ CASES = {
     "instances": ((6, 15, 17, 24), (1, 2), (3,)),
     "instances, channels first": ((6, 24, 15, 17), (2, 3), (1,)),
     "few instances, channels first": ((2, 24, 65, 33), (2, 3), (1,)),
+    "eight rows of many columns": ((8, 37, 48), (0,), (2,)),
+    "eight rows each": ((37, 8, 48), (1,), (2,)),
     "rows that are not last": ((12, 90, 40), (1,), (1,)),
     "rows of two axes": ((40, 15, 60), (1, 2), (1, 2)),
     "rows apart": ((30, 15, 60), (0, 2), (0, 2)),
@@ -57,6 +59,7 @@ LARGE = {
     "rows of any length": ((21_300, 99), (1,), (1,)),
     "short rows of any length": ((47_000, 45), (1,), (1,)),
     "long rows": ((700, 3008), (1,), (1,)),
+    "eight rows each": ((2100, 8, 128), (1,), (2,)),
     "instances": ((4, 91, 91, 64), (1, 2), (3,)),
     "instances, channels first": ((4, 64, 91, 91), (2, 3), (1,)),
 }

@@ -406,9 +406,9 @@ if BACKEND == "torch":
             "tests/layers/test_groups.py",
         ),
         "d forgotten where sets are corrected": Fault(
-            f"{COMPILED}cells.h",
-            "b = b * r[j] + d[j];",
-            "b = b * r[j];",
+            f"{COMPILED}cell_template.h",
+            "b = b * *r + *d;",
+            "b = b * *r;",
             f"{EVERYWHERE} -k are_corrected",
         ),
         "r forgotten in the gradient of sets that were corrected": Fault(
@@ -419,7 +419,7 @@ if BACKEND == "torch":
         ),
         "d forgotten in gamma's gradient": Fault(
             f"{COMPILED}cells.h",
-            "b * job->r[i + j] + a * job->d[i + j] : b",
+            "mapped(a, b, job->r[i + j], job->d[i + j]) : b",
             "b * job->r[i + j] : b",
             f"{EVERYWHERE} -k are_corrected",
         ),
@@ -431,6 +431,24 @@ if BACKEND == "torch":
         ),
         "ghosts merged in one pass without the distance of their means": Fault(
             f"{COMPILED}merging.h", "[2 * n + j] + count * between", "[2 * n + j]", ONE_SIZE
+        ),
+        "distance of means forgotten where ghosts go in strips": Fault(
+            f"{COMPILED}strips.h",
+            "add_to(sums + columns, distance * distance);",
+            "add_to(sums + columns, distance * 0);",
+            ONE_SIZE,
+        ),
+        "gradients of what is learned forgotten in strips": Fault(
+            f"{COMPILED}strips.h",
+            "add_to(firsts, first), add_to(firsts + job->columns.number, second);",
+            "",
+            f"{EVERYWHERE} -k 'eight'",
+        ),
+        "pivot of a strip that is no number": Fault(
+            f"{COMPILED}strips.h",
+            "finite_row(row_of(strip, X, type, 0))",
+            "row_of(strip, X, type, 0)",
+            f"{EVERYWHERE} -k 'eight'",
         ),
         "ghosts of other threads forgotten": Fault(
             f"{COMPILED}merging.h",

@@ -3,6 +3,7 @@
 #include "generation.h"
 #include "merging.h"
 #include "rows.h"
+#include "strips.h"
 
 const Generation GENERATION = {
     .find_pivots = find_pivots,
@@ -17,6 +18,8 @@ const Generation GENERATION = {
     .combine = combine,
     .normalize_rows = normalize_rows,
     .differentiate_rows = differentiate_rows,
+    .normalize_strips = normalize_strips,
+    .differentiate_strips = differentiate_strips,
     .add_to_columns = add_to_columns,
     .add_to_merged = add_to_merged,
     .takes_bfloat = TAKES_BFLOAT,

@@ -3,33 +3,14 @@
 #ifndef KERAS_BN_CELLS_H
 #define KERAS_BN_CELLS_H
 
+#include "cell.h"
 #include "passes.h"
 
 /* Say whether a count in float32 is what was counted, as that of a mask is. */
 INLINED int is_exact(float count) { return count < 1 << 24 && count == (float)(int32_t)count; }
 
-/* Moments; whether the pivot of the sums was so far off that digits are lost. */
-typedef struct {
-    float center, offset, m2;
-    int is_far;
-} Found;
-
 /* 12 of 53 bits may go; but what is lost of a count in float32 is lost here, too. */
 enum { EXACT = 1 << 12, INEXACT = 4 };
-
-/* Return the moments of a cell from its sums about a pivot. */
-INLINED Found found_of(double first, double second, double share, double pivot, double most,
-                       int is_centered) {
-    double distance = is_centered ? first * share : 0, lost = first * distance;
-    double rest = second - lost, mean = pivot + distance;
-    float m2 = (float)rest;
-    m2 = m2 < 0 ? 0 : m2; /* a NaN stays one; first narrowed, or it would be a branch */
-    return (Found){(float)mean, (float)(mean - (float)mean), m2, lost > most * rest};
-}
-
-INLINED float scale_of(float m2, double share, double epsilon) {
-    return (float)(1 / sqrt(m2 * share + epsilon));
-}
 
 INLINED void moments_of(Job *job, int64_t from, int64_t to, int is_counted, int is_centered) {
     const double *restrict first = job->cells.sums - job->cells.first;
@@ -73,9 +54,6 @@ static void merge(Job *job, int64_t from, int64_t to) {
     }
 }
 
-/* Say whether gamma and beta belong to cells. */
-static int is_composed(const Job *job) { return job->gamma && !job->varies; }
-
 /* Find what corrects sets, each towards a mean and a variance: r and d, within their limits; a NaN
    stays one. */
 INLINED void correct_line(float *restrict all_r, float *restrict all_d, int64_t n,
@@ -105,18 +83,16 @@ static void correct(Job *job, int64_t from, int64_t to) {
     }
 }
 
-/* Find the maps of n cells: to z, and to gamma·(r·z + d) + beta, of which some may be missing. */
+/* Find the maps of n cells. */
 INLINED void maps_line(float *restrict scale, float *restrict shift, float *restrict slope,
                        float *restrict level, int64_t n, const float *restrict m2,
                        const float *restrict offset, const float *restrict r,
                        const float *restrict d, const float *restrict gamma,
                        const float *restrict beta, double share, double epsilon) {
     for (int64_t j = 0; j < n; j++) {
-        float a = scale_of(m2[j], share, epsilon), b = -offset[j] * a;
-        scale[j] = a, shift[j] = b;
-        if (r) a *= r[j], b = b * r[j] + d[j];
-        if (gamma) a *= gamma[j], b = b * gamma[j] + beta[j];
-        slope[j] = a, level[j] = b;
+        Map map = map_of(m2[j], offset[j], share, epsilon, r ? r + j : 0, r ? d + j : 0,
+                         gamma ? gamma + j : 0, gamma ? beta + j : 0);
+        scale[j] = map.scale, shift[j] = map.shift, slope[j] = map.slope, level[j] = map.level;
     }
 }
 
@@ -152,19 +128,6 @@ static void finish_sums(Job *job, int64_t from, int64_t to, int part) {
         job->level[i] = (float)first[i], job->slope[i] = (float)second[i];
 }
 
-/* Over a set of n, dx = scale·(g·dy - Σ g·dy / n - z·Σ g·dy·z / n), where g is gamma·r: with
-   z = (x - center)·scale + shift that is scale·g·dy + (x - center)·slope + level. */
-typedef struct {
-    float slope, level;
-} Line;
-
-/* Return slope and level of a cell from the sums of its set; `centered` is 1/n, or 0. */
-INLINED Line line_of(double first, double second, double scale, double shift, double share,
-                     double centered) {
-    double by_slope = -second * share * scale;
-    return (Line){(float)(by_slope * scale), (float)(by_slope * shift - first * centered * scale)};
-}
-
 /* Turn Σ dy and Σ dy·(x - center) of n cells into Σ g·dy and Σ g·dy·z, which they are already where
    gamma varies within a set; and these into slopes and levels, where cells are sets. */
 INLINED void weigh_line(float *restrict factor, float *restrict slope, float *restrict level,
@@ -173,13 +136,13 @@ INLINED void weigh_line(float *restrict factor, float *restrict slope, float *re
                         const float *restrict r, const float *restrict gamma, int varies,
                         int are_sets, double share, double centered) {
     for (int64_t j = 0; j < n; j++) {
-        double a = first[j], b = second[j];
-        if (!varies) b = b * scale[j] + a * shift[j];
+        double a = first[j], b = varies ? second[j] : mapped(a, second[j], scale[j], shift[j]);
         float g = r ? r[j] : 1;
         if (gamma) g *= gamma[j];
-        Line line = are_sets ? line_of(a * g, b * g, scale[j], shift[j], share, centered)
-                             : (Line){(float)(b * g), (float)(a * g)};
-        factor[j] = scale[j] * g, slope[j] = line.slope, level[j] = line.level;
+        Combination own = {scale[j] * g, (float)(b * g), (float)(a * g)};
+        if (are_sets)
+            own = combination_of(own.factor, a * g, b * g, scale[j], shift[j], share, centered);
+        factor[j] = own.factor, slope[j] = own.slope, level[j] = own.level;
     }
 }
 
@@ -213,8 +176,9 @@ static void share_sums(Job *job, int64_t from, int64_t to) {
         for (int64_t i = set; i < set + job->together; i++)
             first += job->level[i], second += job->slope[i];
         for (int64_t i = set; i < set + job->together; i++) {
-            Line line = line_of(first, second, job->scale[i], job->shift[i], share, centered);
-            job->slope[i] = line.slope, job->level[i] = line.level;
+            Combination own = combination_of(job->factor[i], first, second, job->scale[i],
+                                             job->shift[i], share, centered);
+            job->slope[i] = own.slope, job->level[i] = own.level;
         }
     }
 }
@@ -242,9 +206,9 @@ static void add_to_columns(Job *job, int64_t from, int64_t to, int64_t lowest, i
         int64_t high = highest - column < n ? highest - column : n;
         for (int64_t j = low; j < high; j++) {
             double a = first[i + j];
-            double b = second[i + j] * job->scale[i + j] + a * job->shift[i + j];
+            double b = mapped(a, second[i + j], job->scale[i + j], job->shift[i + j]);
             firsts[column + j] += a;
-            seconds[column + j] += job->r ? b * job->r[i + j] + a * job->d[i + j] : b;
+            seconds[column + j] += job->r ? mapped(a, b, job->r[i + j], job->d[i + j]) : b;
         }
     }
 }

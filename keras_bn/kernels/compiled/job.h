@@ -44,7 +44,7 @@ typedef void (*Stage)(Job *job, int64_t from, int64_t to, int part);
 /* What a call does: stages, of which some may be missing, and what they work on. */
 struct Job {
     Stage sum, finish, map;
-    Stage rows; /* all of them, for sets that are lines */
+    Stage rows, strips; /* all of them, for sets that are lines, or a few rows of columns */
     Nest nest;
     int64_t many; /* turns of the outermost loop that stay in the cache */
     int threads, parts, types[Y + 1];
@@ -78,6 +78,9 @@ static int are_apart(const Job *job) {
     int64_t stride = job->nest.stride[CELL][0];
     return stride * job->nest.size[0] == job->all && stride % job->together == 0;
 }
+
+/* Say whether gamma and beta belong to cells. */
+static int is_composed(const Job *job) { return job->gamma && !job->varies; }
 
 /* Return how many cells there are until so many columns begin again. */
 static int64_t cells_to_wrap(int64_t columns, int64_t i, int64_t to) {

@@ -6,7 +6,7 @@
 #ifndef KERAS_BN_LINES_H
 #define KERAS_BN_LINES_H
 
-#include "memory.h"
+#include "vectors.h"
 
 /* How an operand lies along a line. */
 enum { ABSENT, ONE, MANY };
@@ -16,73 +16,7 @@ enum { ROWS = 8, SHORT = LINE / ROWS };
 
 /* Sums: four terms in float32, which err by 3 units in the last place of the whole at most, and
    these sums in double precision. To widen each term takes longer than all the rest. */
-
-enum { FEW = 4, HALF_LANES = LANES / 2 };
-typedef float Half __attribute__((vector_size(HALF_LANES * sizeof(float))));
-typedef double Doubles __attribute__((vector_size(HALF_LANES * sizeof(double))));
-typedef int64_t Choice __attribute__((vector_size(HALF_LANES * sizeof(double))));
-
-#if LANES == 16
-#define EACH_OF_HALF(of) of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7)
-#elif LANES == 8
-#define EACH_OF_HALF(of) of(0), of(1), of(2), of(3)
-#else
-#define EACH_OF_HALF(of) of(0), of(1)
-#endif
-
-/* Said by element: of a conversion of vectors GCC 12 makes two, and joins them. */
-INLINED Doubles doubles_of(Half v) {
-#define ELEMENT(i) v[i]
-    return (Doubles){EACH_OF_HALF(ELEMENT)};
-#undef ELEMENT
-}
-
-INLINED Doubles widened_half(const float *data) {
-    Half values;
-    memcpy(&values, data, sizeof values);
-    return doubles_of(values);
-}
-
-/* Not one vector of sixteen: GCC 12 would keep that in memory. */
-typedef struct {
-    Doubles low, high;
-} Total;
-
-#if defined(__clang__) || __GNUC__ >= 12
-#define AT(i) (i)
-#define AFTER(i) HALF_LANES + (i)
-#define LOW(values) __builtin_shufflevector(values, values, EACH_OF_HALF(AT))
-#define HIGH(values) __builtin_shufflevector(values, values, EACH_OF_HALF(AFTER))
-#else
-#define LOW(values) half_of(values, 0)
-#define HIGH(values) half_of(values, HALF_LANES)
-INLINED Half half_of(Floats values, int from) {
-    Half part;
-    memcpy(&part, (const char *)&values + from * sizeof(float), sizeof part);
-    return part;
-}
-#endif
-
-INLINED void add(Total *total, Floats values) {
-    total->low += doubles_of(LOW(values));
-    total->high += doubles_of(HIGH(values));
-}
-
-INLINED double sum_of(Doubles v) {
-#if LANES == 16
-    return v[0] + v[4] + (v[2] + v[6]) + (v[1] + v[5] + (v[3] + v[7]));
-#elif LANES == 8
-    return v[0] + v[2] + (v[1] + v[3]);
-#else
-    return v[0] + v[1];
-#endif
-}
-
-#ifdef __clang__
-#define MIXED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define MIXED(a, b, ...) __builtin_shuffle(a, b, (Choice){__VA_ARGS__})
-#endif
+enum { FEW = 4 };
 
 /* Find the sums of a vector for each row, by sums of neighbours: of two, of four, of eight. */
 INLINED void sums_of_rows(const Doubles *rows, double *sums) {

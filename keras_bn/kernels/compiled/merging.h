@@ -3,6 +3,7 @@
 #ifndef KERAS_BN_MERGING_H
 #define KERAS_BN_MERGING_H
 
+#include "cell.h"
 #include "job.h"
 
 /* Add means, about the pivots of the columns, their squares, and m2. */
@@ -11,7 +12,7 @@ INLINED void add_moments_of(int64_t n, const float *restrict center, const float
                             double *restrict first, double *restrict second,
                             double *restrict within) {
     for (int64_t j = 0; j < n; j++) {
-        double distance = center[j] - (double)pivot[j] + offset[j];
+        double distance = deviation_of(center[j], offset[j], pivot[j]);
         first[j] += distance, second[j] += distance * distance, within[j] += m2[j];
     }
 }

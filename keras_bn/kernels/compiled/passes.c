@@ -95,15 +95,15 @@ int keras_bn_normalize(int rank, const int64_t *dims, char *x, int type, char *y
                        const double *limits, int is_training, int threads) {
     const Generation *cpu = generation();
     Job job = {.sum = cpu->sum_moments, .finish = cpu->finish_map, .map = cpu->map,
-               .rows = cpu->normalize_rows, .big = {x, NULL, y}, .types = {type, 0, y_type},
-               .gamma = gamma, .beta = beta,
+               .rows = cpu->normalize_rows, .strips = cpu->normalize_strips,
+               .big = {x, NULL, y}, .types = {type, 0, y_type}, .gamma = gamma, .beta = beta,
                .varies = varies, .count = count, .together = together, .epsilon = epsilon,
                .is_centered = is_centered, .center = affine, .scale = affine + cells,
                .shift = affine + 2 * cells, .offset = rest, .m2 = rest + cells,
-               .columns.number = columns,
-               .kept_mean = kept_mean, .kept_variance = kept_variance,
-               .kept_columns = kept_columns, .limits = limits, .r = affine + 3 * cells,
-               .d = affine + 4 * cells, .merged.columns = merged, .is_training = is_training};
+               .columns.number = columns, .kept_mean = kept_mean, .kept_variance = kept_variance,
+               .kept_columns = kept_columns, .limits = limits,
+               .r = kept_mean ? affine + 3 * cells : NULL, .d = affine + 4 * cells,
+               .merged.columns = merged, .is_training = is_training};
     if (!prepare(&job, rank, dims, cells, 0, threads)) return 0;
     run(&job);
     if (merged) write_merged(&job, rest);
@@ -118,9 +118,9 @@ int keras_bn_gradients(int rank, const int64_t *dims, char *x, int type, char *d
     const Generation *cpu = generation();
     Job job = {.sum = varies ? cpu->sum_mapped_products : cpu->sum_products,
                .finish = cpu->finish_gradients, .map = cpu->combine,
-               .rows = cpu->differentiate_rows, .big = {x, dy, dx},
-               .types = {type, dy_type, dx_type}, .gamma = gamma, .varies = varies,
-               .count = count, .together = together, .is_centered = is_centered,
+               .rows = cpu->differentiate_rows, .strips = cpu->differentiate_strips,
+               .big = {x, dy, dx}, .types = {type, dy_type, dx_type}, .gamma = gamma,
+               .varies = varies, .count = count, .together = together, .is_centered = is_centered,
                .center = affine, .scale = affine + cells, .shift = affine + 2 * cells,
                .r = is_corrected ? affine + 3 * cells : NULL, .d = affine + 4 * cells,
                .is_training = 1};

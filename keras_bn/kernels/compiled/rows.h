@@ -17,13 +17,14 @@ INLINED void normalize_line(Job *job, const int64_t *at, const float *x, char *y
         found = found_of(sum_of(ends.first) + ends.c, sum_of(ends.second) + ends.d, share, pivot,
                          EXACT, is_centered);
     }
-    float scale = scale_of(found.m2, share, job->epsilon), shift = -found.offset * scale;
-    job->center[i] = found.center, job->offset[i] = found.offset, job->m2[i] = found.m2;
-    job->scale[i] = scale, job->shift[i] = shift;
     const float *gamma = job->gamma + at[COLUMN], *beta = job->beta + at[COLUMN];
-    if (is_composed(job)) scale *= *gamma, shift = shift * *gamma + *beta;
-    map_line(job->way, y, (const char *)x, n, ONE, column, &found.center, &scale, &shift, gamma,
-             beta);
+    int is_one = is_composed(job);
+    Map map = map_of(found.m2, found.offset, share, job->epsilon, 0, 0, is_one ? gamma : 0,
+                     is_one ? beta : 0);
+    job->center[i] = found.center, job->offset[i] = found.offset, job->m2[i] = found.m2;
+    job->scale[i] = map.scale, job->shift[i] = map.shift;
+    map_line(job->way, y, (const char *)x, n, ONE, column, &found.center, &map.slope, &map.level,
+             gamma, beta);
 }
 
 /* Sums, and what lies between two stages, of the cells of ROWS lines. */

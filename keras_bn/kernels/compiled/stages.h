@@ -34,6 +34,20 @@ static int are_rows(const Job *job) {
         && nest->stride[CELL][lines] == 1 && (!job->varies || varies_so);
 }
 
+/* Say whether sets are ROWS rows of each of many columns, and may be gone through in strips. No
+   pivot is far off: an element lies within √ROWS standard deviations of the mean. */
+static int are_strips(const Job *job) {
+    const Nest *nest = &job->nest;
+    int columns = nest->rank - 1, rows = columns - 1;
+    int64_t cells = nest->size[columns];
+    for (int i = 0; i < rows; i++) cells *= nest->size[i];
+    int is_even = job->merged.columns % IN_LINE == 0
+        && (job->columns.number % IN_LINE == 0 || !(job->columns.sums || is_composed(job)));
+    return rows > 0 && nest->size[rows] == ROWS && cells == job->all && !nest->stride[CELL][rows]
+        && nest->stride[CELL][columns] && are_apart(job) && is_even && !job->varies && !job->weights
+        && job->is_centered && job->together == 1 && !job->r && job->way.is_direct;
+}
+
 /* Set the sums of some cells to 0. */
 static void clear(Job *job, int64_t from, int64_t to) {
     Sums *sums = &job->cells;
@@ -117,6 +131,13 @@ static void rows_of_part(void *shared, int part) {
     finish_copies();
 }
 
+static void strips_of_part(void *shared, int part) {
+    Job *job = shared;
+    int64_t size = job->nest.size[0];
+    job->strips(job, size * part / job->parts, size * (part + 1) / job->parts, part);
+    finish_copies();
+}
+
 static void map_of_part(void *given, int part) {
     Job *job = given;
     int64_t size = job->nest.size[0];
@@ -131,6 +152,10 @@ static void run(Job *job) {
         return;
     }
     if (job->merged.columns) find_merged_pivots(job);
+    if (job->strips && are_strips(job)) {
+        in_parts(strips_of_part, job, parts, threads);
+        return;
+    }
     if (job->sum && are_apart(job)) {
         in_parts(all_of_part, job, parts, threads);
         return;
