@@ -294,6 +294,20 @@ def test_bad_sample_shows_in_its_ghost_alone(shape, run):
     assert (found.state["moving_mean"] != before).tolist() == [False] + [True] * (CHANNELS - 1)
 
 
+# Passes may take ghosts of eight samples in strips; sample 3 is the first of its ghost.
+@pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
+def test_bad_first_sample_of_eight_shows_in_its_ghost_alone(value):
+    x = np.random.default_rng(0).normal(size=(64, 32)).astype("float32")
+    x[3, 5] = value
+    layer = keras_bn.BatchNormalization(virtual_batch_size=8)
+    y = keras.ops.convert_to_numpy(layer(x, training=True))
+    bad = np.zeros(x.shape, bool)
+    bad[3::8, 5] = True
+    assert np.array_equal(np.isnan(y), bad)
+    is_kept = keras.ops.convert_to_numpy(layer.moving_variance) == 1
+    assert np.flatnonzero(is_kept).tolist() == [5]
+
+
 def test_empty_batch_changes_nothing():
     layer = built(normalization(4))
     before = layer.get_weights()

@@ -444,12 +444,6 @@ if BACKEND == "torch":
             "",
             f"{EVERYWHERE} -k 'eight'",
         ),
-        "pivot of a strip that is no number": Fault(
-            f"{COMPILED}strips.h",
-            "finite_row(row_of(strip, X, type, 0))",
-            "row_of(strip, X, type, 0)",
-            f"{EVERYWHERE} -k 'eight'",
-        ),
         "ghosts of other threads forgotten": Fault(
             f"{COMPILED}merging.h",
             "for (int part = 1; part < job->parts; part++)",

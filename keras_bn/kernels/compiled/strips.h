@@ -30,10 +30,6 @@ INLINED Half half_of_row(Floats row, int half) { return half ? HIGH(row) : LOW(r
 
 INLINED Floats joined_halves(const Half *halves) { return JOINED(halves[0], halves[1]); }
 
-INLINED Floats finite_row(Floats row) {
-    return (Floats)((Bits)row & (Bits)(((Bits)row & 0x7f800000) != 0x7f800000));
-}
-
 /* Add the moments of cells to those of their columns. */
 INLINED void add_half_to_merged(const Job *job, int64_t cell, int part, Half center, Half offset,
                                 Half m2) {
@@ -64,7 +60,7 @@ INLINED Map_several finish_half(const Job *job, int64_t cell, int part, Found_se
 }
 
 INLINED void normalize_strip(const Job *job, const Strip *strip, int type, int part) {
-    Floats pivots = finite_row(row_of(strip, X, type, 0));
+    Floats pivots = row_of(strip, X, type, 0); /* where one is no number, neither is the mean */
     Pair sums = {0};
     for (int i = 0; i < ROWS; i++) {
         Floats row = row_of(strip, X, type, i);
