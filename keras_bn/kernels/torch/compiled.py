@@ -135,7 +135,8 @@ def moved(mean: Tensor, variance: Tensor, batch: Moments, average: Average) -> A
     """Return a mean and a variance moved towards a batch, and whether any of it is known."""
     count, *parts = batch
     is_number = is_static(count) and is_static(average.momentum) and count > 0
-    if not is_number or is_transformed(*parts) or not _are_rows(mean, variance, *parts):
+    is_served = DTYPES and is_number and not is_transformed(*parts)
+    if not is_served or not _are_rows(mean, variance, *parts):
         return None
     divisor = positive(degrees_of_freedom(count)) if average.unbiased else count
     epsilon = -1.0 if average.epsilon is None else average.epsilon

@@ -46,11 +46,14 @@ def sums_of(x: Tensor, axes: Any) -> Axes:
 
 
 def _operation(arguments: str) -> Callable[..., Any]:
-    """Return what makes an operation of a function that gives its results without values."""
+    """Return what makes an operation of a function that gives its results without values.
+
+    Where there are no passes it makes None of it, so that nobody takes those for results.
+    """
 
     def made(shapes: Any) -> Any:
         if _ENDING is None:
-            return shapes
+            return None
         name = f"{shapes.__name__}_{_ENDING}"
         SPACE.define(name + arguments)
         torch.library.register_fake(f"keras_bn::{name}", shapes, lib=SPACE)
