@@ -78,12 +78,15 @@ def check(x, dy, gamma, beta, axes, *, how=by_passes, laid_out=lambda part: part
     compare(found, x, dy, gamma, beta, axes, dtype)
 
 
-@pytest.fixture(params=[0, 1, 2], ids=["any processor", "AVX2", "this one"])
+PROCESSORS = ["any processor", "AVX2", "AVX-512", "AVX-512 with bfloat16"]
+
+
+@pytest.fixture(params=range(len(PROCESSORS)), ids=PROCESSORS)
 def processor(request):
     """Take the passes for older processors, too; this one's, where it is older itself."""
     library().keras_bn_take_generation(request.param)
     yield
-    library().keras_bn_take_generation(2)
+    library().keras_bn_take_generation(len(PROCESSORS) - 1)
 
 
 DRAWS = {"near 0": (0.0, 300), "far": (1e4, 300), "without outliers": (0.5, 0)}

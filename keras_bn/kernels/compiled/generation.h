@@ -15,6 +15,6 @@ typedef struct {
     int takes_bfloat; /* whether it is best taken some at a time */
 } Generation;
 
-extern const Generation keras_bn_any, keras_bn_avx2, keras_bn_avx512;
+extern const Generation keras_bn_any, keras_bn_avx2, keras_bn_avx512, keras_bn_avx512_bf16;
 
 #endif

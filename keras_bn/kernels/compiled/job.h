@@ -45,6 +45,7 @@ typedef void (*Stage)(Job *job, int64_t from, int64_t to, int part);
 struct Job {
     Stage sum, finish, map;
     Stage rows, strips; /* all of them, for sets that are lines, or a few rows of columns */
+    Stage whole;        /* which of these is taken; else NULL */
     Nest nest;
     int64_t many; /* turns of the outermost loop that stay in the cache */
     int threads, parts, types[Y + 1];

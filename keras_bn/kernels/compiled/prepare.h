@@ -9,13 +9,16 @@
 #include "several.h"
 #include "team.h"
 
-enum { ANY, AVX2, AVX512 };
-static int newest = AVX512;
+enum { ANY, AVX2, AVX512, AVX512_BF16 };
+static int newest = AVX512_BF16;
 
 /* Return the passes for this processor. */
 static const Generation *generation(void) {
 #ifdef SEVERAL_GENERATIONS
-    if (newest >= AVX512 && __builtin_cpu_supports("x86-64-v4")) return &keras_bn_avx512;
+    if (newest >= AVX512 && __builtin_cpu_supports("x86-64-v4")) {
+        int rounds = newest >= AVX512_BF16 && __builtin_cpu_supports("avx512bf16");
+        return rounds ? &keras_bn_avx512_bf16 : &keras_bn_avx512;
+    }
     if (newest >= AVX2 && __builtin_cpu_supports("x86-64-v3")) return &keras_bn_avx2;
 #endif
     return &keras_bn_any;
@@ -72,8 +75,62 @@ static int allocate_merged(Merged *merged, int parts) {
     return merged->pivots && merged->sums;
 }
 
-/* Make the nest of a job, its parts, its sums of cells and of columns (0 for none), and room for its
-   work; 0 where they cannot be had. */
+/* Say whether each line, in one piece, is all of its cell: then its pivot is found on the way. */
+static int are_lines_alone(const Job *job) {
+    int64_t lines = 1, length = job->nest.size[job->nest.rank - 1];
+    for (int i = 0; i < job->nest.rank - 1; i++) lines *= job->nest.size[i];
+    return lines == job->all && length <= LINE && !job->weights
+        && !job->nest.stride[CELL][job->nest.rank - 1];
+}
+
+/* Say whether sets are lines, with cells side by side from line to line. What is learned is of sets,
+   or it varies along the lines, and those of a block share it where there are gradients. */
+static int are_rows(const Job *job) {
+    const Nest *nest = &job->nest;
+    int lines = nest->rank - 2, is_shared = !nest->stride[COLUMN][lines];
+    int is_along = along_line(job, COLUMN, job->gamma) == MANY;
+    int varies_so = is_along && (is_shared || !job->columns.sums);
+    return are_lines_alone(job) && job->together == 1 && !job->kept_mean && !job->merged.columns
+        && nest->stride[CELL][lines] == 1 && (!job->varies || varies_so);
+}
+
+/* Say whether sets are ROWS rows of each of many columns, and may be gone through in strips. No
+   pivot is far off: an element lies within √ROWS standard deviations of the mean. */
+static int are_strips(const Job *job) {
+    const Nest *nest = &job->nest;
+    int columns = nest->rank - 1, rows = columns - 1;
+    int64_t cells = nest->size[columns];
+    for (int i = 0; i < rows; i++) cells *= nest->size[i];
+    int is_even = job->merged.columns % IN_LINE == 0
+        && (job->columns.number % IN_LINE == 0 || !(job->columns.sums || is_composed(job)));
+    return rows > 0 && nest->size[rows] == ROWS && cells == job->all && !nest->stride[CELL][rows]
+        && nest->stride[CELL][columns] && are_apart(job) && is_even && !job->varies && !job->weights
+        && job->is_centered && job->together == 1 && !job->r && job->way.is_direct;
+}
+
+/* Return what goes through all stages at once, for sets of this form; NULL where nothing does. */
+static Stage whole_of(const Job *job) {
+    if (job->rows && are_rows(job)) return job->rows;
+    return job->strips && are_strips(job) ? job->strips : NULL;
+}
+
+/* Make the sums of cells, and room for what there is of them between stages; 0 where they cannot be
+   had. */
+static int allocate_cells(Job *job) {
+    const Nest *nest = &job->nest;
+    int is_shared = !nest->stride[CELL][0], is_apart = are_apart(job);
+    int64_t chunk = job->many < nest->size[0] ? job->many : nest->size[0];
+    int64_t number = is_apart ? chunk * nest->stride[CELL][0] : job->all;
+    if (!allocate(&job->cells, number, is_apart || is_shared ? job->parts : 1)) return 0;
+    if (!job->map) return 1;
+    int64_t all = WORKS * number * (is_apart ? job->parts : 1);
+    job->work = (Work){malloc((size_t)all * sizeof(float)), number};
+    if (job->work.room) place(job, job->work.room, 0, number);
+    return job->work.room != NULL;
+}
+
+/* Make the nest of a job, its parts, its sums of columns (0 for none), and what else it needs; 0
+   where that cannot be had. */
 static int prepare(Job *job, int rank, const int64_t *dims, int64_t cells, int64_t columns,
                    int threads) {
     Nest *nest = &job->nest;
@@ -89,18 +146,10 @@ static int prepare(Job *job, int rank, const int64_t *dims, int64_t cells, int64
     job->many = turn < CHUNK ? CHUNK / turn : 1;
     job->all = cells;
     if (!job->sum) return 1;
-    int64_t chunk = job->many < nest->size[0] ? job->many : nest->size[0];
-    int is_shared = !nest->stride[CELL][0], is_apart = are_apart(job);
-    int64_t number = is_apart ? chunk * nest->stride[CELL][0] : cells;
-    int is_done = allocate(&job->cells, number, is_apart || is_shared ? job->parts : 1)
-        && (!columns || allocate(&job->columns, columns, job->parts))
+    int is_done = (!columns || allocate(&job->columns, columns, job->parts))
         && (!job->merged.columns || allocate_merged(&job->merged, job->parts));
-    if (is_done && job->map) {
-        int64_t all = WORKS * number * (is_apart ? job->parts : 1);
-        job->work = (Work){malloc((size_t)all * sizeof(float)), number};
-        is_done = job->work.room != NULL;
-        if (is_done) place(job, job->work.room, 0, number);
-    }
+    job->whole = whole_of(job);
+    if (is_done && !job->whole) is_done = allocate_cells(job);
     if (!is_done) release(job);
     return is_done;
 }

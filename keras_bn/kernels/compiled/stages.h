@@ -15,39 +15,6 @@ static void join_parts(Job *job, const Sums *sums, int64_t from, int64_t to) {
         }
 }
 
-/* Say whether each line, in one piece, is all of its cell: then its pivot is found on the way. */
-static int are_lines_alone(const Job *job) {
-    int64_t lines = 1, length = job->nest.size[job->nest.rank - 1];
-    for (int i = 0; i < job->nest.rank - 1; i++) lines *= job->nest.size[i];
-    return lines == job->all && length <= LINE && !job->weights
-        && !job->nest.stride[CELL][job->nest.rank - 1];
-}
-
-/* Say whether sets are lines, with cells side by side from line to line. What is learned is of sets,
-   or it varies along the lines, and those of a block share it where there are gradients. */
-static int are_rows(const Job *job) {
-    const Nest *nest = &job->nest;
-    int lines = nest->rank - 2, is_shared = !nest->stride[COLUMN][lines];
-    int is_along = along_line(job, COLUMN, job->gamma) == MANY;
-    int varies_so = is_along && (is_shared || !job->columns.sums);
-    return are_lines_alone(job) && job->together == 1 && !job->kept_mean && !job->merged.columns
-        && nest->stride[CELL][lines] == 1 && (!job->varies || varies_so);
-}
-
-/* Say whether sets are ROWS rows of each of many columns, and may be gone through in strips. No
-   pivot is far off: an element lies within √ROWS standard deviations of the mean. */
-static int are_strips(const Job *job) {
-    const Nest *nest = &job->nest;
-    int columns = nest->rank - 1, rows = columns - 1;
-    int64_t cells = nest->size[columns];
-    for (int i = 0; i < rows; i++) cells *= nest->size[i];
-    int is_even = job->merged.columns % IN_LINE == 0
-        && (job->columns.number % IN_LINE == 0 || !(job->columns.sums || is_composed(job)));
-    return rows > 0 && nest->size[rows] == ROWS && cells == job->all && !nest->stride[CELL][rows]
-        && nest->stride[CELL][columns] && are_apart(job) && is_even && !job->varies && !job->weights
-        && job->is_centered && job->together == 1 && !job->r && job->way.is_direct;
-}
-
 /* Set the sums of some cells to 0. */
 static void clear(Job *job, int64_t from, int64_t to) {
     Sums *sums = &job->cells;
@@ -124,17 +91,10 @@ static void columns_of_part(void *given, int part) {
     generation()->add_to_columns(job, 0, job->all, from, to, 0);
 }
 
-static void rows_of_part(void *shared, int part) {
+static void whole_of_part(void *shared, int part) {
     Job own = *(Job *)shared;
     int64_t size = own.nest.size[0];
-    own.rows(&own, size * part / own.parts, size * (part + 1) / own.parts, part);
-    finish_copies();
-}
-
-static void strips_of_part(void *shared, int part) {
-    Job *job = shared;
-    int64_t size = job->nest.size[0];
-    job->strips(job, size * part / job->parts, size * (part + 1) / job->parts, part);
+    own.whole(&own, size * part / own.parts, size * (part + 1) / own.parts, part);
     finish_copies();
 }
 
@@ -147,13 +107,9 @@ static void map_of_part(void *given, int part) {
 
 static void run(Job *job) {
     int parts = job->parts, threads = job->threads, few = job->all < SMALL ? 1 : threads;
-    if (job->rows && are_rows(job)) {
-        in_parts(rows_of_part, job, parts, threads);
-        return;
-    }
     if (job->merged.columns) find_merged_pivots(job);
-    if (job->strips && are_strips(job)) {
-        in_parts(strips_of_part, job, parts, threads);
+    if (job->whole) {
+        in_parts(whole_of_part, job, parts, threads);
         return;
     }
     if (job->sum && are_apart(job)) {
