@@ -1,5 +1,5 @@
-/* What a job needs before it runs: a processor's passes, parts, memory, the way of its map, and whether
-   all stages go at once. */
+/* What a job needs before it runs: a processor's passes, parts, memory, the way of its map, and
+   whether all stages go at once. */
 
 #ifndef KERAS_BN_PREPARE_H
 #define KERAS_BN_PREPARE_H
